@@ -63,7 +63,10 @@ type Stat struct {
 // several places.
 type Node struct {
 	Stat
-	Dir    map[string]*Node // by name; never "", "." or ".."
+	Dir map[string]*Node // by name; never "", "." or ".."
+	// File has one meaning more, in trees read from dumps: on devices, FIFOs and
+	// sockets it carries a size over 4 GiB, which makes libcomposefs choose the
+	// larger form of inode. It is nil in all others.
 	File   *File
 	Target string // of a symbolic link
 	Rdev   uint64 // of a device, encoded as glibc's makedev(3)
@@ -104,7 +107,14 @@ func (f *File) Path() string {
 }
 
 // A Tree is a root directory with all below it.
-type Tree struct{ Root *Node }
+type Tree struct {
+	Root *Node
+	// Owners names, for a Node with several names, the path that counts as the file
+	// itself while the others are links to it. Only nodes whose owner is not the
+	// first of their names in the order of Walk need an entry. A dump can say this,
+	// and composefs numbers inodes by owner.
+	Owners map[*Node]string
+}
 
 // DefaultDirMode is the mode of a directory that nobody described: what mkdir(2)
 // gives under the usual umask.
