@@ -1,0 +1,480 @@
+package erofs
+
+import (
+	"cmp"
+	"fmt"
+	"math"
+	"slices"
+	"strings"
+
+	"github.com/particle-os/particle/converter/tree"
+)
+
+// An inode is one inode of an image that is being written.
+type inode struct {
+	node    *tree.Node
+	mode    uint32 // the node's, but of a whiteout that of the file in its place
+	nlink   uint32
+	entries []dirent // of a directory, in byte order, with "." and ".."
+	xattrs  []*xattr // as stored, in byte order of names
+
+	// What the layout says, true once it has run.
+	compact bool
+	blocks  int    // full blocks of data; all else follows the inode
+	nid     uint64 // position in the image, in slots
+	block   int64  // number of the first of blocks
+}
+
+// A dirent is an entry of a directory.
+type dirent struct {
+	name  string
+	child *inode
+	owner bool // of a file with several names, only one entry is
+}
+
+// An xattr is a pair of name and value, which several inodes may have.
+type xattr struct {
+	id     xattrID
+	index  uint8
+	suffix string
+	filter uint32
+	uses   int
+	pos    int64 // in the image, if it is shared
+}
+
+type xattrID struct{ name, value string }
+
+func (x *xattr) shared() bool { return x.uses > 1 }
+
+func (x *xattr) append(b []byte) []byte {
+	b = append(b, uint8(len(x.suffix)), x.index)
+	b = le.AppendUint16(b, uint16(len(x.id.value)))
+	b = append(b, x.suffix...)
+	b = append(b, x.id.value...)
+	for len(b)%4 != 0 {
+		b = append(b, 0)
+	}
+	return b
+}
+
+// An inodeTable is a tree as the inodes of an image.
+type inodeTable struct {
+	version uint32
+	inodes  []*inode // breadth first, the root first
+	shared  []*xattr // in the order of the image
+	minSec  int64    // the earliest time of all inodes
+	minNsec uint32
+	hasACL  bool
+}
+
+// A builder makes an inodeTable.
+type builder struct {
+	inodeTable
+	files  map[*tree.Node]*inode
+	owners map[place]bool // of the files that tree.Tree.Owners names
+	named  map[*tree.Node]string
+	pool   []inode
+	names  []string // scratch
+	ids    []xattrID
+	xattrs map[xattrID]*xattr
+}
+
+// A place is a name in a directory.
+type place struct {
+	dir  *tree.Node
+	name string
+}
+
+// newInodeTable makes the inodes of t: what lcfs_write_erofs_to does with its clone
+// of a tree. t stays as it is.
+func newInodeTable(t *tree.Tree, o Options) (*inodeTable, error) {
+	if t.Root == nil || !t.Root.IsDir() {
+		return nil, fmt.Errorf("%w: the root is not a directory", ErrTree)
+	}
+	c := census{dirs: map[*tree.Node]bool{}}
+	if err := c.count("/", t.Root, 1); err != nil {
+		return nil, err
+	}
+	b := builder{
+		files:  make(map[*tree.Node]*inode, c.nodes),
+		pool:   make([]inode, 1+c.nodes+256),
+		xattrs: make(map[xattrID]*xattr, c.objects),
+		named:  t.Owners,
+	}
+	switch {
+	case o.Format == V1, o.Format == Auto && c.whiteouts:
+		b.version = 1
+	case o.Format > Auto:
+		return nil, fmt.Errorf("%w: %s", ErrUnsupported, o.Format)
+	}
+	if err := b.findOwners(t); err != nil {
+		return nil, err
+	}
+
+	root := b.newInode(t.Root)
+	if err := b.dir("/", root, root); err != nil {
+		return nil, err
+	}
+	b.order(root)
+	b.share()
+	return &b.inodeTable, nil
+}
+
+// A census is taken before anything is allocated.
+type census struct {
+	nodes, objects int
+	whiteouts      bool
+	dirs           map[*tree.Node]bool
+}
+
+func (c *census) count(path string, dir *tree.Node, depth int) error {
+	if depth > MaxDepth {
+		return fmt.Errorf("%w: more than %d directories within each other at %.100q…", ErrTree, MaxDepth, path)
+	}
+	if c.dirs[dir] {
+		return fmt.Errorf("%w: directory %q has a second name", ErrTree, path)
+	}
+	c.dirs[dir] = true
+	c.nodes += len(dir.Dir)
+	for name, child := range dir.Dir {
+		switch {
+		case child == nil:
+			return fmt.Errorf("%w: %q is nil", ErrTree, tree.Join(path, name))
+		case child.IsDir():
+			if err := c.count(tree.Join(path, name), child, depth+1); err != nil {
+				return err
+			}
+		case child.IsRegular():
+			c.objects++
+		case child.IsWhiteout():
+			c.whiteouts = true
+		}
+	}
+	return nil
+}
+
+// findOwners looks up the places that t names as owners.
+func (b *builder) findOwners(t *tree.Tree) error {
+	if len(t.Owners) == 0 {
+		return nil
+	}
+	b.owners = make(map[place]bool, len(t.Owners))
+	for n, path := range t.Owners {
+		i := strings.LastIndexByte(path, '/')
+		if i < 0 {
+			return fmt.Errorf("%w: owner %q is no absolute path", ErrTree, path)
+		}
+		dir := t.Lookup(path[:i])
+		if dir == nil || dir.Dir[path[i+1:]] != n {
+			return fmt.Errorf("%w: owner %q of a file is not one of its names", ErrTree, path)
+		}
+		b.owners[place{dir, path[i+1:]}] = true
+	}
+	return nil
+}
+
+func (b *builder) newInode(n *tree.Node) *inode {
+	in := &b.pool[0]
+	b.pool = b.pool[1:]
+	in.node, in.mode, in.nlink = n, n.Mode, 1
+	return in
+}
+
+// dir fills in a directory and all that is below it.
+func (b *builder) dir(path string, in, parent *inode) error {
+	n := in.node
+	if err := check(n); err != nil {
+		return fmt.Errorf("%w: %q: %w", ErrTree, path, err)
+	}
+	names := append(b.names[:0], ".", "..")
+	for name := range n.Dir {
+		names = append(names, name)
+	}
+	isRoot := in == parent
+	stub := b.newStub(n, isRoot)
+	if isRoot {
+		for i := range 256 {
+			if name := fmt.Sprintf("%02x", i); n.Dir[name] == nil {
+				names = append(names, name)
+			}
+		}
+	}
+	slices.Sort(names)
+	in.entries = make([]dirent, len(names))
+	for i, name := range names {
+		in.entries[i].name = name
+	}
+	b.names = names
+
+	in.nlink = 2
+	whiteouts := false
+	for i := range in.entries {
+		e := &in.entries[i]
+		child := n.Dir[e.name]
+		switch {
+		case e.name == ".":
+			e.child = in
+		case e.name == "..":
+			e.child = parent
+		case child == nil:
+			e.owner = true
+			e.child = b.newInode(stub)
+			e.child.xattrs = b.intern(e.child.xattrs, b.plain(stub))
+		case child.IsDir():
+			if err := tree.CheckName(e.name); err != nil {
+				return fmt.Errorf("%w: in %q: %w", ErrTree, path, err)
+			}
+			in.nlink++
+			e.owner = true
+			e.child = b.newInode(child)
+			if err := b.dir(tree.Join(path, e.name), e.child, in); err != nil {
+				return err
+			}
+		default:
+			if err := b.file(path, n, child, e); err != nil {
+				return err
+			}
+			whiteouts = whiteouts || e.owner && child.IsWhiteout()
+		}
+	}
+
+	ids := b.plain(n)
+	if whiteouts {
+		ids = setXattr(ids, attrWhiteouts, "")
+		ids = setXattr(ids, userWhiteouts, "")
+		if b.version >= 1 {
+			ids = setXattr(ids, attrHasOpaque, opaqueWhiteouts)
+			ids = setXattr(ids, userHasOpaque, opaqueWhiteouts)
+		}
+	}
+	if isRoot {
+		ids = setXattr(ids, attrOpaque, opaqueYes)
+	}
+	in.xattrs = b.intern(nil, ids)
+	return nil
+}
+
+// newStub returns what the names that the root lacks show: a whiteout with the
+// root's owner, time and SELinux label.
+func (b *builder) newStub(root *tree.Node, isRoot bool) *tree.Node {
+	if !isRoot {
+		return nil
+	}
+	n := &tree.Node{Stat: root.Stat, Nlink: 1}
+	n.Mode = tree.TypeChar | 0o644
+	n.Xattrs = nil
+	const selinux = "security.selinux"
+	if label, ok := root.Xattrs[selinux]; ok {
+		n.Xattrs = map[string]string{selinux: label}
+	}
+	return n
+}
+
+// file fills in the entry of what is not a directory.
+func (b *builder) file(path string, dir, n *tree.Node, e *dirent) error {
+	if err := tree.CheckName(e.name); err != nil {
+		return fmt.Errorf("%w: in %q: %w", ErrTree, path, err)
+	}
+	in, known := b.files[n]
+	e.owner = !known
+	if b.owners != nil {
+		if _, named := b.named[n]; named {
+			e.owner = b.owners[place{dir, e.name}]
+		}
+	}
+	if known {
+		e.child = in
+		if n.Nlink == 0 {
+			in.nlink++
+		}
+		return nil
+	}
+	if err := check(n); err != nil {
+		return fmt.Errorf("%w: %q: %w", ErrTree, tree.Join(path, e.name), err)
+	}
+	in = b.newInode(n)
+	b.files[n], e.child = in, in
+	if n.Nlink != 0 {
+		in.nlink = n.Nlink
+	}
+
+	ids := b.plain(n)
+	switch {
+	case n.IsRegular() && n.File.Size > 0 && len(n.File.Inline) == 0:
+		ids = append(ids, xattrID{attrMetacopy, metacopy(n.File)})
+		if p := n.File.Path(); p != "" {
+			ids = append(ids, xattrID{attrRedirect, "/" + p})
+		}
+	case n.IsWhiteout():
+		in.mode = tree.TypeRegular | n.Mode&^tree.TypeMask
+		ids = setXattr(ids, attrWhiteout, "")
+		ids = setXattr(ids, userWhiteout, "")
+	}
+	in.xattrs = b.intern(nil, ids)
+	return nil
+}
+
+// metacopy returns the value that tells overlayfs the digest of a file's data
+// (struct ovl_metacopy in fs/overlayfs/overlayfs.h of Linux).
+func metacopy(f *tree.File) string {
+	d := f.Object
+	if d.IsZero() {
+		return ""
+	}
+	var buf [4 + 64]byte
+	v := append(buf[:0], 0, byte(4+d.Algorithm().Size()), 0, byte(d.Algorithm()))
+	return string(d.AppendTo(v))
+}
+
+// plain returns the xattrs of a node as they are stored, in the builder's scratch.
+func (b *builder) plain(n *tree.Node) []xattrID {
+	ids := b.ids[:0]
+	for name, value := range n.Xattrs {
+		if suffix, ok := strings.CutPrefix(name, overlayPrefix); ok {
+			name = escapedPrefix + suffix
+		}
+		ids = append(ids, xattrID{name, value})
+	}
+	b.ids = ids
+	return ids
+}
+
+// setXattr adds an xattr, or changes its value.
+func setXattr(ids []xattrID, name, value string) []xattrID {
+	for i := range ids {
+		if ids[i].name == name {
+			ids[i].value = value
+			return ids
+		}
+	}
+	return append(ids, xattrID{name, value})
+}
+
+// intern appends the xattrs of an inode in their order, and counts them.
+func (b *builder) intern(list []*xattr, ids []xattrID) []*xattr {
+	if len(ids) == 0 {
+		return list
+	}
+	b.ids = ids
+	slices.SortFunc(ids, func(a, b xattrID) int { return cmp.Compare(a.name, b.name) })
+	if list == nil {
+		list = make([]*xattr, 0, len(ids))
+	}
+	for _, id := range ids {
+		x := b.xattrs[id]
+		if x == nil {
+			x = &xattr{id: id}
+			x.index, x.suffix = splitXattr(id.name)
+			x.filter = filterBit(x.index, x.suffix)
+			b.xattrs[id] = x
+			b.hasACL = b.hasACL || id.name == xattrPrefixes[2] || id.name == xattrPrefixes[3]
+		}
+		x.uses++
+		list = append(list, x)
+	}
+	return list
+}
+
+// order puts the inodes in order and finds the earliest time.
+func (b *builder) order(root *inode) {
+	b.inodes = append(make([]*inode, 0, len(b.files)+256), root)
+	b.minSec, b.minNsec = root.node.MtimeSec, root.node.MtimeNsec
+	for i := 0; i < len(b.inodes); i++ {
+		in := b.inodes[i]
+		if n := in.node; n.MtimeSec < b.minSec || n.MtimeSec == b.minSec && n.MtimeNsec < b.minNsec {
+			b.minSec, b.minNsec = n.MtimeSec, n.MtimeNsec
+		}
+		for _, e := range in.entries {
+			if e.owner {
+				b.inodes = append(b.inodes, e.child)
+			}
+		}
+	}
+}
+
+// share lists the xattrs that several inodes have in the order of
+// compute_erofs_shared_xattrs: by name, length and value, all descending.
+func (b *builder) share() {
+	for _, x := range b.xattrs {
+		if x.shared() {
+			b.inodeTable.shared = append(b.inodeTable.shared, x)
+		}
+	}
+	slices.SortFunc(b.inodeTable.shared, func(x, y *xattr) int {
+		return cmp.Or(
+			cmp.Compare(y.id.name, x.id.name),
+			cmp.Compare(len(y.id.value), len(x.id.value)),
+			cmp.Compare(y.id.value, x.id.value),
+		)
+	})
+	b.xattrs, b.files = nil, nil
+}
+
+// check returns an error if a node has no form as an inode.
+func check(n *tree.Node) error {
+	switch {
+	case n.Mode > 0o177777:
+		return fmt.Errorf("mode %o has more bits than st_mode", n.Mode)
+	case n.MtimeNsec > 999_999_999:
+		return fmt.Errorf("time has %d nanoseconds", n.MtimeNsec)
+	}
+	size := bodySize
+	for name, value := range n.Xattrs {
+		switch {
+		case name == "":
+			return fmt.Errorf("xattr without a name")
+		case len(name) > tree.MaxXattr:
+			return fmt.Errorf("xattr name %.40q… is too long: got %d bytes, want at most %d", name, len(name), tree.MaxXattr)
+		case len(value) > tree.MaxValue:
+			return fmt.Errorf("value of xattr %q is too long: got %d bytes, want at most %d", name, len(value), tree.MaxValue)
+		}
+		size += roundUp(entrySize+len(name)+len("overlay.")+len(value), 4)
+	}
+	// Room for what the format adds: at most five xattrs of directories or the two
+	// of files, one of them with a path.
+	const reserve = 5000
+	if xattrCount(size)+reserve/4 > math.MaxUint16 {
+		return fmt.Errorf("xattrs are too large: got %d bytes", size)
+	}
+
+	switch n.Type() {
+	case tree.TypeDir, tree.TypeFIFO, tree.TypeSocket:
+		return nil
+	case tree.TypeChar, tree.TypeBlock:
+		if n.Rdev > math.MaxUint32 {
+			return fmt.Errorf("device %d:%d does not fit the 32 bits of EROFS", tree.Major(n.Rdev), tree.Minor(n.Rdev))
+		}
+		return nil
+	case tree.TypeSymlink:
+		switch {
+		case n.Target == "":
+			return fmt.Errorf("symbolic link without a target")
+		case len(n.Target) > tree.MaxTarget:
+			return fmt.Errorf("target is too long: got %d bytes, want at most %d", len(n.Target), tree.MaxTarget)
+		case strings.IndexByte(n.Target, 0) >= 0:
+			return fmt.Errorf("target %q contains NUL", n.Target)
+		}
+		return nil
+	case tree.TypeRegular:
+		return checkFile(n.File)
+	}
+	return fmt.Errorf("mode %o names no file type", n.Mode)
+}
+
+func checkFile(f *tree.File) error {
+	switch {
+	case f == nil:
+		return fmt.Errorf("regular file without a File")
+	case f.Size < 0 || f.Size > MaxSize:
+		return fmt.Errorf("size %d is out of range: want at most %d", f.Size, int64(MaxSize))
+	case len(f.Inline) > 0 && int64(len(f.Inline)) != f.Size:
+		return fmt.Errorf("inline content has %d bytes, but size says %d", len(f.Inline), f.Size)
+	case len(f.Inline) > MaxInline:
+		return fmt.Errorf("inline content is too long: got %d bytes, want at most %d", len(f.Inline), MaxInline)
+	case len(f.Payload) > tree.MaxTarget:
+		return fmt.Errorf("payload is too long: got %d bytes, want at most %d", len(f.Payload), tree.MaxTarget)
+	case f.Payload != tree.NoPayload && strings.IndexByte(f.Payload, 0) >= 0:
+		return fmt.Errorf("payload %q contains NUL", f.Payload)
+	}
+	return nil
+}
