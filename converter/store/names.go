@@ -120,17 +120,11 @@ func (s *Store) resolve(kind Kind, name string) (fsverity.Digest, error) {
 			return d, err
 		}
 	}
-	if err := checkRefName(ref); err != nil {
+	id, err := s.ref(kind, ref)
+	if err != nil {
 		return fsverity.Digest{}, err
 	}
-	target, err := os.Readlink(s.path(string(kind), refsDir, ref))
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOTDIR) {
-		return fsverity.Digest{}, fmt.Errorf("%s %q: %w", kind.one(), name, ErrNotFound)
-	}
-	if err != nil {
-		return fsverity.Digest{}, fmt.Errorf("%s %q: %w", kind.one(), name, err)
-	}
-	d, err := s.entry(kind, filepath.Base(target))
+	d, err := s.entry(kind, id)
 	if err != nil {
 		return d, fmt.Errorf("ref %q: %w", ref, err)
 	}
@@ -139,6 +133,31 @@ func (s *Store) resolve(kind Kind, name string) (fsverity.Digest, error) {
 
 // StreamDigest returns the digest of the split stream with that content id, or ref.
 func (s *Store) StreamDigest(name string) (fsverity.Digest, error) { return s.resolve(Streams, name) }
+
+// HasStream reports whether the store has a stream with that content id.
+func (s *Store) HasStream(id string) bool {
+	_, err := s.entry(Streams, id)
+	return err == nil
+}
+
+// StreamRef returns the content id of the stream that the ref names.
+func (s *Store) StreamRef(name string) (id string, err error) { return s.ref(Streams, name) }
+
+// ref returns the ID that a ref's link ends with, and ErrNotFound where there is no
+// such ref.
+func (s *Store) ref(kind Kind, name string) (id string, err error) {
+	if err := checkRefName(name); err != nil {
+		return "", err
+	}
+	target, err := os.Readlink(s.path(string(kind), refsDir, name))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOTDIR) {
+		return "", fmt.Errorf("ref %q of %s: %w", name, kind, ErrNotFound)
+	}
+	if err != nil {
+		return "", fmt.Errorf("ref %q of %s: %w", name, kind, err)
+	}
+	return filepath.Base(target), nil
+}
 
 // ImageDigest returns the digest of an image by its digest in hexadecimal, or ref.
 func (s *Store) ImageDigest(name string) (fsverity.Digest, error) { return s.resolve(Images, name) }

@@ -27,6 +27,7 @@ type StreamReader struct {
 	closers []io.Closer
 	objects objectSource
 	alg     fsverity.Algorithm
+	digest  fsverity.Digest
 	info    streamInfo
 	named   map[string]fsverity.Digest
 
@@ -70,7 +71,7 @@ func (s *Store) OpenStreamDigest(d fsverity.Digest, contentType uint64) (*Stream
 	if err != nil {
 		return nil, err
 	}
-	return openStream(f, s, s.alg, contentType)
+	return openStream(f, d, s, contentType)
 }
 
 // OpenStreamDigest opens a split stream of the transaction or the store.
@@ -79,21 +80,21 @@ func (t *Txn) OpenStreamDigest(d fsverity.Digest, contentType uint64) (*StreamRe
 	if err != nil {
 		return nil, err
 	}
-	return openStream(f, t, t.s.alg, contentType)
+	return openStream(f, d, t, contentType)
 }
 
-func openStream(f *os.File, objects objectSource, alg fsverity.Algorithm, contentType uint64) (*StreamReader, error) {
+func openStream(f *os.File, d fsverity.Digest, objects objectSource, contentType uint64) (*StreamReader, error) {
 	st, err := f.Stat()
 	if err != nil {
 		f.Close()
 		return nil, err
 	}
-	r, err := newStreamReader(f, st.Size(), objects, alg)
+	r, err := newStreamReader(f, st.Size(), objects, d.Algorithm())
 	if err != nil {
 		f.Close()
 		return nil, err
 	}
-	r.closers = append(r.closers, f)
+	r.closers, r.digest = append(r.closers, f), d
 	if contentType != 0 && r.info.contentType != contentType {
 		r.Close()
 		return nil, fmt.Errorf("%w: got %s, want %s", ErrContentType, typeName(r.info.contentType), typeName(contentType))
@@ -218,6 +219,9 @@ func (r *StreamReader) readNamed(sec *io.SectionReader) (map[string]fsverity.Dig
 
 // Size returns the size in bytes of the file that the stream puts together.
 func (r *StreamReader) Size() int64 { return int64(min(r.info.size, math.MaxInt64)) }
+
+// Digest returns the digest of the stream itself.
+func (r *StreamReader) Digest() fsverity.Digest { return r.digest }
 
 // ContentType returns the stream's content type.
 func (r *StreamReader) ContentType() uint64 { return r.info.contentType }

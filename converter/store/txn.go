@@ -177,6 +177,28 @@ func (t *Txn) stagedName(n uint64) string {
 	return t.stage.path + "/" + strconv.FormatUint(n, 36)
 }
 
+// A TxnStats tells what a transaction adds to the store.
+type TxnStats struct {
+	NewObjects int   `json:"new_objects"`
+	NewBytes   int64 `json:"new_bytes"` // of their content
+	// Objects counts the new ones and those that the store had already.
+	Objects int `json:"objects"`
+}
+
+// Stats returns what the transaction has stored so far; after Commit, what it added.
+func (t *Txn) Stats() TxnStats {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	st := TxnStats{Objects: len(t.known)}
+	for _, o := range t.known {
+		if o.staged != 0 {
+			st.NewObjects++
+			st.NewBytes += o.size
+		}
+	}
+	return st
+}
+
 // OpenObject opens an object of the transaction or of the store.
 func (t *Txn) OpenObject(d fsverity.Digest) (*os.File, error) {
 	leave, err := t.enter()
