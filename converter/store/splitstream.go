@@ -31,32 +31,20 @@ import (
 // Content types of the streams that composefs-rs makes of OCI images: ASCII read as
 // a little-endian number (crates/composefs-oci/src/skopeo.rs).
 const (
-	ContentLayer    uint64 = 'o' | 'c'<<8 | 'i'<<16 | 'l'<<24 | 'a'<<32 | 'y'<<40 | 'e'<<48 | 'r'<<56
-	ContentConfig   uint64 = 'o' | 'c'<<8 | 'i'<<16 | 'c'<<24 | 'o'<<32 | 'n'<<40 | 'f'<<48 | 'i'<<56
-	ContentManifest uint64 = 'o' | 'c'<<8 | 'i'<<16 | 'm'<<24 | 'a'<<32 | 'n'<<40 | 'i'<<48 | 'f'<<56
-	ContentBlob     uint64 = 'o' | 'c'<<8 | 'i'<<16 | '_'<<24 | 'b'<<32 | 'l'<<40 | 'o'<<48 | 'b'<<56
+	LayerStream    uint64 = 'o' | 'c'<<8 | 'i'<<16 | 'l'<<24 | 'a'<<32 | 'y'<<40 | 'e'<<48 | 'r'<<56
+	ConfigStream   uint64 = 'o' | 'c'<<8 | 'i'<<16 | 'c'<<24 | 'o'<<32 | 'n'<<40 | 'f'<<48 | 'i'<<56
+	ManifestStream uint64 = 'o' | 'c'<<8 | 'i'<<16 | 'm'<<24 | 'a'<<32 | 'n'<<40 | 'i'<<48 | 'f'<<56
+	BlobStream     uint64 = 'o' | 'c'<<8 | 'i'<<16 | '_'<<24 | 'b'<<32 | 'l'<<40 | 'o'<<48 | 'b'<<56
 )
 
-// Content ids of such streams: a prefix and the OCI digest, as in
+// Beginnings of the content ids of such streams; the OCI digest follows, as in
 // "oci-layer-sha256:…". A layer goes by its diffID, the others by their own digest.
 const (
-	layerPrefix    = "oci-layer-"
-	configPrefix   = "oci-config-"
-	manifestPrefix = "oci-manifest-"
-	blobPrefix     = "oci-blob-"
+	LayerPrefix    = "oci-layer-"
+	ConfigPrefix   = "oci-config-"
+	ManifestPrefix = "oci-manifest-"
+	BlobPrefix     = "oci-blob-"
 )
-
-// LayerID returns the content id of a layer's stream, by the layer's diffID.
-func LayerID(diffID string) string { return layerPrefix + diffID }
-
-// ConfigID returns the content id of an image config's stream.
-func ConfigID(digest string) string { return configPrefix + digest }
-
-// ManifestID returns the content id of a manifest's stream.
-func ManifestID(digest string) string { return manifestPrefix + digest }
-
-// BlobID returns the content id of the stream of a blob kept as it is.
-func BlobID(digest string) string { return blobPrefix + digest }
 
 // TagPrefix begins the refs of tagged images; EncodeTag of the tag follows.
 const TagPrefix = "oci/"

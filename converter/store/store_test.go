@@ -122,7 +122,7 @@ func TestLayout(t *testing.T) {
 			txn := begin(t, s)
 			body := randomBytes(1, 100)
 			d := put(t, txn, body)
-			w := txn.NewStream(ContentLayer)
+			w := txn.NewStream(LayerStream)
 			if err := errors.Join(w.Inline([]byte("head")), w.Object(d, 100), w.Inline([]byte("tail"))); err != nil {
 				t.Fatal(err)
 			}
@@ -182,7 +182,7 @@ func TestLayout(t *testing.T) {
 			var cat bytes.Buffer
 			for _, id := range []string{"oci-layer-sha256:aa", "refs/oci/library%2Fdebian:13", "oci/library%2Fdebian:13"} {
 				cat.Reset()
-				if n, err := s.Cat(id, ContentLayer, &cat); err != nil || n != 108 || cat.String() != "head"+string(body)+"tail" {
+				if n, err := s.Cat(id, LayerStream, &cat); err != nil || n != 108 || cat.String() != "head"+string(body)+"tail" {
 					t.Errorf("Cat(%q) gave %d bytes, %v", id, n, err)
 				}
 			}
@@ -202,7 +202,7 @@ func TestLayout(t *testing.T) {
 			if _, _, err := s.OpenImage(d.String()); !errors.Is(err, ErrNotFound) {
 				t.Errorf("opening an object that is no image: got %v, want ErrNotFound", err)
 			}
-			if _, err := s.OpenStream("oci-layer-sha256:aa", ContentConfig); !errors.Is(err, ErrContentType) || !strings.Contains(err.Error(), `"ocilayer"`) {
+			if _, err := s.OpenStream("oci-layer-sha256:aa", ConfigStream); !errors.Is(err, ErrContentType) || !strings.Contains(err.Error(), `"ocilayer"`) {
 				t.Errorf("opening a layer as config: got %v, want ErrContentType", err)
 			}
 			if err := errors.Join(s.RemoveRef(Images, "a/b/c"), s.RemoveRef(Images, "top")); err != nil {
@@ -232,7 +232,7 @@ func TestRollbackLeavesNothing(t *testing.T) {
 			t.Errorf("a source of 10 bytes for %d: got %v, want ErrSize", size, err)
 		}
 	}
-	w := txn.NewStream(ContentLayer)
+	w := txn.NewStream(LayerStream)
 	w.Inline(randomBytes(2, 4<<20))
 	if err := txn.Rollback(); err != nil {
 		t.Fatal(err)
