@@ -8,8 +8,12 @@ import (
 // A Support says whether something works here, and why not.
 type Support struct {
 	OK  bool   `json:"ok"`
-	Why string `json:"why,omitempty"` // if not OK: the error, or what was missing to try
+	Why string `json:"why,omitempty"` // if not OK: the error, or NotTried
 }
+
+// NotTried in Support.Why says that something could not be tried for want of
+// something else.
+const NotTried = "not tried"
 
 func support(err error) Support {
 	if err != nil {
@@ -47,7 +51,7 @@ func (f *Features) Mountable() error {
 	}
 	switch {
 	case !f.Privilege.OK:
-		return missing("the right to mount", f.Privilege)
+		return fmt.Errorf("mounting composefs images: no right to mount: %s", f.Privilege.Why)
 	case !f.Erofs.OK:
 		return missing("EROFS", f.Erofs)
 	case !f.File.OK && !f.Loop.OK:
@@ -65,7 +69,7 @@ func (f *Features) Best() (Verification, string) {
 	case f.Mountable() != nil:
 		return None, f.Mountable().Error()
 	case !f.FsVerity.OK:
-		return Checked, fmt.Sprintf("no fs-verity in %q: %s", f.Dir, f.FsVerity.Why)
+		return Checked, f.FsVerity.Why
 	case !f.VerityOpt.OK:
 		return Checked, "overlayfs has no verity=require (Linux 6.6): " + f.VerityOpt.Why
 	}

@@ -22,7 +22,7 @@ func Probe(dir string) Features {
 	if unix.Uname(&uts) == nil {
 		f.Kernel = unix.ByteSliceToString(uts.Release[:])
 	}
-	f.FsVerity = support(tryVerity(f.Dir))
+	f.FsVerity = support(explainVerity(f.Dir, tryVerity(f.Dir)))
 	f.UserNS = support(tryUserNS())
 
 	p := prober{f: &f}
@@ -44,7 +44,7 @@ func Probe(dir string) Features {
 	for _, s := range []*Support{&f.Privilege, &f.Erofs, &f.File, &f.FileStacks, &f.Loop, &f.Overlay,
 		&f.DataOnly, &f.LayerFds, &f.Whiteouts, &f.VerityOpt} {
 		if !s.OK && s.Why == "" {
-			s.Why = "not tried, for want of the above"
+			s.Why = NotTried
 		}
 	}
 	return f
@@ -94,6 +94,21 @@ func tryVerity(dir string) error {
 	}
 	_, err = fsverity.Measure(f)
 	return err
+}
+
+// explainVerity words the usual reasons why a directory has no fs-verity.
+func explainVerity(dir string, err error) error {
+	if !errors.Is(err, fsverity.ErrUnsupported) {
+		return err
+	}
+	var st unix.Statfs_t
+	if unix.Statfs(dir, &st) == nil && st.Type == unix.EXT4_SUPER_MAGIC {
+		if _, err := os.Stat("/sys/fs/ext4/features/verity"); err == nil {
+			return fmt.Errorf("the ext4 filesystem of %q has no fs-verity: enable it with tune2fs -O verity DEVICE", dir)
+		}
+		return errors.New("this kernel was built without fs-verity (CONFIG_FS_VERITY)")
+	}
+	return fmt.Errorf("the filesystem of %q has no fs-verity; ext4, btrfs and f2fs can have it", dir)
 }
 
 // tryUserNS starts a program that does not exist in a new user namespace: the
