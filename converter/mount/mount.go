@@ -81,7 +81,8 @@ type Options struct {
 	// UserNS is a user namespace (/proc/PID/ns/user) whose mapping of ids the image
 	// is shown in.
 	UserNS *os.File
-	// Name becomes part of the mount's source, "composefs:Name"; see [List].
+	// Name becomes part of the mount's source, "composefs:Name"; see [List]. It is
+	// cut where it is longer than the kernel takes.
 	Name string
 	// Loop forbids to mount the image file directly. It is for mounts that others
 	// stack on, on kernels where [Features].FileStacks is not ok.
@@ -191,12 +192,10 @@ func (o *Options) check() error {
 		return bad("no object directory")
 	case (o.Upper == "") != (o.Work == ""):
 		return bad("upper and work directory go together")
-	case strings.ContainsAny(o.Name, ",\x00") || len(o.Name) > 200:
-		return bad(fmt.Sprintf("name %q has a comma or is longer than 200 bytes", o.Name))
 	}
-	for _, dir := range append([]string{o.Upper, o.Work}, o.Objects...) {
-		if strings.Contains(dir, "\x00") {
-			return bad(fmt.Sprintf("directory %q has a NUL byte", dir))
+	for _, s := range append([]string{o.Name, o.Upper, o.Work}, o.Objects...) {
+		if strings.Contains(s, "\x00") {
+			return bad(fmt.Sprintf("%q has a NUL byte", s))
 		}
 	}
 	return nil

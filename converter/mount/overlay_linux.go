@@ -171,6 +171,7 @@ func (m *mounter) overlayBy(how layering, meta *os.File, l *layers) (*os.File, e
 	source := "composefs"
 	if m.opts.Name != "" {
 		source += ":" + m.opts.Name
+		source = source[:min(len(source), maxString)]
 	}
 	set := [][2]string{{"source", source}, {"metacopy", "on"}, {"redirect_dir", "on"}}
 	if m.verity {
