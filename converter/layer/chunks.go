@@ -50,11 +50,11 @@ type replay struct {
 
 	left   int64 // until MaxSize
 	offset int64
-	mark   int64 // offset where the last header was looked for
+	mark   int64 // offset of the last header
 	err    error
 }
 
-func (r *replay) header() { r.mark = r.offset }
+func (r *replay) header() { r.mark = r.offset + padding(r.offset) }
 
 func (r *replay) position() (int64, error) { return r.mark, r.err }
 

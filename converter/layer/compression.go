@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -218,6 +219,7 @@ func NewCompressor(w io.Writer, c Compression, opts CompressorOptions) (io.Write
 		if err != nil {
 			return nil, fmt.Errorf("compressing with gzip: %w", err)
 		}
+		z.ModTime = time.Unix(0, 0) // 0 is "no time" in RFC 1952
 		return z, nil
 	case Zstd:
 		level := opts.Level

@@ -28,6 +28,7 @@ type source interface {
 // scan reads the entries of a tar.
 func scan(ctx context.Context, src source, b *builder) error {
 	tr := tar.NewReader(src)
+	body := &bodyReader{tr, src}
 	for n := 1; ; n++ {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -51,7 +52,7 @@ func scan(ctx context.Context, src source, b *builder) error {
 		if f == nil {
 			continue
 		}
-		if err := src.body(hdr, tr, f); err != nil {
+		if err := src.body(hdr, body, f); err != nil {
 			return explain(err, src, hdr.Name)
 		}
 	}
@@ -71,10 +72,27 @@ func explain(err error, src source, name string) error {
 		return fmt.Errorf("%w: it ends %s", ErrTruncated, where)
 	case errors.Is(err, tar.ErrHeader) && off == 0:
 		return fmt.Errorf("%w: it does not begin with a tar header", ErrFormat)
-	case errors.Is(err, tar.ErrHeader), errors.Is(err, tar.ErrFieldTooLong):
+	case name == "":
 		return fmt.Errorf("%w: %s: %w", ErrFormat, where, err)
 	}
 	return fmt.Errorf("%s: %w", where, err)
+}
+
+// A bodyReader marks the errors of archive/tar, so that they are known for what
+// they are when they come back from where the body was stored.
+type bodyReader struct {
+	r   io.Reader
+	src source
+}
+
+func (b *bodyReader) Read(p []byte) (int, error) {
+	n, err := b.r.Read(p)
+	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
+		if _, cause := b.src.position(); cause == nil {
+			err = fmt.Errorf("%w: %w", ErrFormat, err)
+		}
+	}
+	return n, err
 }
 
 // recording is the source of Read: all it gives outside bodies goes to the queue as

@@ -52,6 +52,10 @@ func (f *framer) feed(p []byte, offset int64) {
 		if f.filled < blockSize {
 			return
 		}
+		if f.block == [blockSize]byte{} {
+			f.filled = 0 // the first of the two that end a tar
+			continue
+		}
 		switch f.block[156] { // typeflag
 		case tar.TypeXHeader, tar.TypeGNULongName, tar.TypeGNULongLink:
 			size := numeric(f.block[124:136])

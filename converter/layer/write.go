@@ -166,6 +166,11 @@ func (w *writer) header(path string, n *tree.Node, hdr tar.Header) error {
 	hdr.Name, hdr.Format = path, tar.FormatPAX
 	hdr.Mode, hdr.Uid, hdr.Gid = int64(n.Mode&0o7777), int(n.UID), int(n.GID)
 	hdr.ModTime = time.Unix(n.MtimeSec, int64(n.MtimeNsec))
+	if hdr.ModTime.IsZero() {
+		// archive/tar takes the first moment of the year 1 for no time and would
+		// write 1970. A nanosecond later is as close as it can come.
+		hdr.ModTime = hdr.ModTime.Add(1)
+	}
 	if hdr.Typeflag != tar.TypeLink {
 		for key, value := range n.Xattrs {
 			if key == tree.OpaqueAttr {
