@@ -290,7 +290,7 @@ func (l *linker) finish() (*tree.Tree, error) {
 	}
 	for n, f := range files {
 		for _, path := range f.links {
-			if comparePaths(path, f.path) < 0 {
+			if tree.ComparePaths(path, f.path) < 0 {
 				if t.Owners == nil {
 					t.Owners = map[*tree.Node]string{}
 				}
@@ -310,21 +310,4 @@ func (l *linker) finish() (*tree.Tree, error) {
 		}
 	}
 	return t, nil
-}
-
-// comparePaths orders canonical paths as Walk does: by their elements.
-func comparePaths(a, b string) int {
-	i := 0
-	for i < len(a) && i < len(b) && a[i] == b[i] {
-		i++
-	}
-	switch {
-	case i == len(a) || i == len(b):
-		return cmp.Compare(len(a), len(b))
-	case a[i] == '/':
-		return -1
-	case b[i] == '/':
-		return 1
-	}
-	return cmp.Compare(a[i], b[i])
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
+	"iter"
 	"maps"
 	"slices"
 	"strconv"
@@ -19,11 +20,8 @@ type Printer struct {
 	Size func(dir *tree.Node) int64
 	// Xattrs returns a node's xattrs in the order in which to print them; nil means
 	// by name.
-	Xattrs func(*tree.Node) []Xattr
+	Xattrs func(*tree.Node) iter.Seq2[string, string]
 }
-
-// An Xattr is an extended attribute of a file.
-type Xattr struct{ Name, Value string }
 
 // Print writes t with the zero Printer.
 func Print(w io.Writer, t *tree.Tree) error { return new(Printer).Print(w, t) }
@@ -135,30 +133,27 @@ func (p *printer) appendLine(b []byte, path, owner string, n *tree.Node) []byte 
 	} else {
 		b = hex.AppendEncode(b, digest)
 	}
-	for _, x := range p.xattrs(n) {
-		b = appendEscaped(append(b, ' '), x.Name, true)
-		b = appendEscaped(append(b, '='), x.Value, true)
+	for name, value := range p.xattrs(n) {
+		b = appendEscaped(append(b, ' '), name, true)
+		b = appendEscaped(append(b, '='), value, true)
 	}
 	return append(b, '\n')
 }
 
-func (p *printer) xattrs(n *tree.Node) []Xattr {
+func (p *printer) xattrs(n *tree.Node) iter.Seq2[string, string] {
 	if p.Xattrs != nil {
 		return p.Xattrs(n)
 	}
-	return SortedXattrs(n)
-}
-
-// SortedXattrs returns the xattrs of a node by name.
-func SortedXattrs(n *tree.Node) []Xattr {
-	if len(n.Xattrs) == 0 {
-		return nil
+	return func(yield func(string, string) bool) {
+		if len(n.Xattrs) == 0 {
+			return
+		}
+		for _, name := range slices.Sorted(maps.Keys(n.Xattrs)) {
+			if !yield(name, n.Xattrs[name]) {
+				return
+			}
+		}
 	}
-	x := make([]Xattr, 0, len(n.Xattrs))
-	for _, name := range slices.Sorted(maps.Keys(n.Xattrs)) {
-		x = append(x, Xattr{name, n.Xattrs[name]})
-	}
-	return x
 }
 
 // appendOptional appends a field in which "-" means that there is nothing.

@@ -16,6 +16,7 @@
 package tree
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"iter"
@@ -208,6 +209,23 @@ func Join(dir, name string) string {
 		return "/" + name
 	}
 	return dir + "/" + name
+}
+
+// ComparePaths orders absolute paths as Walk does, by their elements.
+func ComparePaths(a, b string) int {
+	i := 0
+	for i < len(a) && i < len(b) && a[i] == b[i] {
+		i++
+	}
+	switch {
+	case i == len(a) || i == len(b):
+		return cmp.Compare(len(a), len(b))
+	case a[i] == '/':
+		return -1
+	case b[i] == '/':
+		return 1
+	}
+	return cmp.Compare(a[i], b[i])
 }
 
 // Links counts the names of each node that is not a directory.
