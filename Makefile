@@ -3,7 +3,7 @@
 # sudo make demo   sets up what is missing and does the main job end to end
 # sudo make test   sets up what is missing and runs all tests
 # make test-unit   the tests that need neither root nor other programs
-# sudo make bench  Particle and its peers on the same input
+# sudo make bench  Particle and its peers on the same input; BENCHFLAGS='-n 9 -json FILE'
 # make fuzz        each fuzz target for FUZZTIME
 # make clean
 
@@ -51,7 +51,7 @@ test-unit:
 
 .PHONY: bench
 bench: root all
-	tests/bench/bench.sh $(BENCHFLAGS)
+	. $$(tests/setup/setup.sh | tail -n 1) && $(GO) run ./tests/bench $(BENCHFLAGS)
 
 .PHONY: fuzz
 fuzz:
