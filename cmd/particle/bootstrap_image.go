@@ -121,7 +121,7 @@ type deliverFunc func(context.Context, *builtImage) (where string, err error)
 // into the store if target is empty. Mistakes show now and not after the installation.
 func bootstrapTarget(c *cli.Context, t *term, target, name string) (deliverFunc, error) {
 	if target == "" {
-		st, err := openStore(c)
+		st, err := openStore(t, c)
 		if err != nil {
 			return nil, err
 		}
