@@ -1,0 +1,233 @@
+package converter
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"os"
+	"runtime"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/particle-os/particle/converter/erofs"
+	"github.com/particle-os/particle/converter/fsverity"
+	"github.com/particle-os/particle/converter/layer"
+	"github.com/particle-os/particle/converter/scan"
+	"github.com/particle-os/particle/converter/store"
+	"github.com/particle-os/particle/converter/tree"
+)
+
+// ConvertTar brings a root file system's tar archive into the store, compressed or
+// not, as an image of one layer. The layer is the archive's own uncompressed bytes.
+func ConvertTar(ctx context.Context, r io.Reader, st *store.Store, o Options) (*Result, error) {
+	return convertOne(ctx, st, o, func(txn *store.Txn) (*aLayer, error) {
+		stream := txn.NewStream(store.LayerStream)
+		res, err := layer.Read(ctx, r, txn, stream, layer.Options{MaxSize: o.MaxLayerSize})
+		if err != nil {
+			stream.Abort()
+			return nil, err
+		}
+		for _, w := range res.Warnings {
+			o.Warn("%s", w)
+		}
+		return closeLayer(stream, res.DiffID, res.Size, tree.Merge(tree.New(), res.Tree))
+	})
+}
+
+// ConvertDir brings a directory into the store as an image of one layer. Sockets
+// are left out: no archive can hold them.
+func ConvertDir(ctx context.Context, dir string, st *store.Store, o Options) (*Result, error) {
+	return convertOne(ctx, st, o, func(txn *store.Txn) (*aLayer, error) {
+		txn.SetImmutableSources(o.Link)
+		t, err := scan.Dir(ctx, dir, txn, scan.Options{})
+		if err != nil {
+			return nil, err
+		}
+		return recordTree(ctx, txn, t, o)
+	})
+}
+
+// ConvertComposefs brings a composefs image into the store as an image of one layer.
+// open opens the object at a path below the image's objects directories.
+func ConvertComposefs(ctx context.Context, image *os.File, open func(path string) (*os.File, error), st *store.Store, o Options) (*Result, error) {
+	fi, err := image.Stat()
+	if err != nil {
+		return nil, err
+	}
+	t, err := erofs.Read(image, fi.Size())
+	if err != nil {
+		return nil, fmt.Errorf("reading %q: %w", image.Name(), err)
+	}
+	return convertOne(ctx, st, o, func(txn *store.Txn) (*aLayer, error) {
+		// The tree is ours alone until it is recorded, so its files may be set.
+		done := map[*tree.File]bool{}
+		err := t.Walk(func(path string, n *tree.Node) error {
+			if !n.IsRegular() || n.File == nil || n.File.Path() == "" || done[n.File] {
+				return nil
+			}
+			done[n.File] = true
+			if err := importObject(ctx, txn, n.File, open); err != nil {
+				return fmt.Errorf("importing %q: %w", path, err)
+			}
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+		return recordTree(ctx, txn, t, o)
+	})
+}
+
+// importObject copies the object of a file into the store and checks its digest.
+func importObject(ctx context.Context, txn *store.Txn, f *tree.File, open func(string) (*os.File, error)) error {
+	obj, err := open(f.Path())
+	if err != nil {
+		return err
+	}
+	defer obj.Close()
+	d, err := txn.PutFile(ctx, obj, f.Size)
+	if err != nil {
+		return err
+	}
+	if !f.Object.IsZero() && f.Object.Algorithm() == d.Algorithm() && f.Object != d {
+		return fmt.Errorf("object %s has the fs-verity digest %s: it was changed", f.Path(), d)
+	}
+	f.Object, f.Payload = d, ""
+	return nil
+}
+
+// recordTree writes a tree as a layer.
+func recordTree(ctx context.Context, txn *store.Txn, t *tree.Tree, o Options) (*aLayer, error) {
+	rec := &hashing{StreamWriter: txn.NewStream(store.LayerStream), txn: txn, sum: sha256.New()}
+	err := layer.Write(ctx, t, rec, layer.WriteOptions{Warn: func(w string) { o.Warn("%s", w) }})
+	if err != nil {
+		rec.Abort()
+		return nil, err
+	}
+	l, err := closeLayer(rec.StreamWriter, "sha256:"+hex.EncodeToString(rec.sum.Sum(nil)), rec.size, nil)
+	if err != nil {
+		return nil, err
+	}
+	// The tree is read back from the layer: there is one way from bytes to trees.
+	stream, err := txn.OpenStreamDigest(l.stream, store.LayerStream)
+	if err != nil {
+		return nil, err
+	}
+	defer stream.Close()
+	l.tree, err = layer.FromChunks(ctx, stream, opener(txn), txn, layer.Options{MaxSize: -1})
+	return l, err
+}
+
+// hashing records a layer and computes its diffID.
+type hashing struct {
+	*store.StreamWriter
+	txn  *store.Txn
+	sum  hash.Hash
+	size int64
+}
+
+func (h *hashing) Inline(p []byte) error {
+	h.sum.Write(p)
+	h.size += int64(len(p))
+	return h.StreamWriter.Inline(p)
+}
+
+func (h *hashing) Object(d fsverity.Digest, size int64) error {
+	f, err := h.txn.OpenObject(d)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	n, err := io.Copy(h.sum, f)
+	if err != nil {
+		return fmt.Errorf("reading object %s: %w", d, err)
+	}
+	if n != size {
+		return fmt.Errorf("reading object %s: got %d bytes, want %d", d, n, size)
+	}
+	h.size += size
+	return h.StreamWriter.Object(d, size)
+}
+
+func closeLayer(stream *store.StreamWriter, diffID string, size int64, t *tree.Tree) (*aLayer, error) {
+	h, err := v1.NewHash(diffID)
+	if err != nil {
+		return nil, err
+	}
+	id, err := stream.Close(store.LayerPrefix + diffID)
+	if err != nil {
+		return nil, err
+	}
+	return &aLayer{LayerResult: LayerResult{DiffID: h, Size: size}, tree: t, stream: id}, nil
+}
+
+// convertOne makes an image of one layer, with a manifest and a config of our own.
+func convertOne(ctx context.Context, st *store.Store, o Options, read func(*store.Txn) (*aLayer, error)) (_ *Result, err error) {
+	o.defaults()
+	txn, err := st.Begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, txn.Rollback())
+		}
+	}()
+	l, err := read(txn)
+	if err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return nil, err
+	}
+	raw, rawConfig, err := describeLayer(l, o)
+	if err != nil {
+		return nil, err
+	}
+	return commit(ctx, st, txn, raw, rawConfig, []*aLayer{l}, o)
+}
+
+// describeLayer makes the manifest and the config of an image of one uncompressed
+// layer. Both follow from the layer: the image is dated as its newest file.
+func describeLayer(l *aLayer, o Options) (raw, rawConfig []byte, err error) {
+	arch := o.Architecture
+	if arch == "" {
+		arch = runtime.GOARCH
+	}
+	created := v1.Time{Time: newest(l.tree)}
+	config, err := json.Marshal(v1.ConfigFile{
+		Architecture: arch,
+		OS:           "linux",
+		Created:      created,
+		RootFS:       v1.RootFS{Type: "layers", DiffIDs: []v1.Hash{l.DiffID}},
+		History:      []v1.History{{Created: created, CreatedBy: "particle convert"}},
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	raw, err = json.Marshal(v1.Manifest{
+		SchemaVersion: 2,
+		MediaType:     types.OCIManifestSchema1,
+		Config:        v1.Descriptor{MediaType: types.OCIConfigJSON, Size: int64(len(config)), Digest: hashOf(config)},
+		Layers:        []v1.Descriptor{{MediaType: types.OCIUncompressedLayer, Size: l.Size, Digest: l.DiffID}},
+	})
+	return raw, config, err
+}
+
+// newest returns the latest mtime in a tree, to the second.
+func newest(t *tree.Tree) time.Time {
+	var sec int64
+	_ = t.Walk(func(_ string, n *tree.Node) error {
+		sec = max(sec, n.MtimeSec)
+		return nil
+	})
+	const year9999 = 253402300799 // the last second that JSON's time format holds
+	return time.Unix(min(sec, year9999), 0).UTC()
+}
