@@ -111,7 +111,7 @@ func (p *printer) appendLine(b []byte, path, owner string, n *tree.Node) []byte 
 		nlink = n.Nlink
 	}
 
-	b = appendEscaped(b, path, false)
+	b = appendEscaped(b, path, 0)
 	b = strconv.AppendInt(append(b, ' '), size, 10)
 	b = append(b, ' ')
 	if path != owner {
@@ -134,8 +134,8 @@ func (p *printer) appendLine(b []byte, path, owner string, n *tree.Node) []byte 
 		b = hex.AppendEncode(b, digest)
 	}
 	for name, value := range p.xattrs(n) {
-		b = appendEscaped(append(b, ' '), name, true)
-		b = appendEscaped(append(b, '='), value, true)
+		b = appendEscaped(append(b, ' '), name, EscapeEquals)
+		b = appendEscaped(append(b, '='), value, EscapeEquals)
 	}
 	return append(b, '\n')
 }
@@ -164,12 +164,22 @@ func appendOptional(b []byte, s string) []byte {
 	case "-":
 		return append(b, `\x2d`...)
 	}
-	return appendEscaped(b, s, false)
+	return appendEscaped(b, s, 0)
 }
 
-// appendEscaped appends s with escapes for what is neither a letter, a digit nor
-// punctuation of ASCII, and for backslashes; inXattr also for equals signs.
-func appendEscaped(b []byte, s string, inXattr bool) []byte {
+// An EscapeMode changes which bytes are escaped.
+type EscapeMode uint8
+
+const (
+	KeepSpaces   EscapeMode = 1 << iota // as composefs-info ls has names
+	EscapeEquals                        // as in xattrs
+)
+
+// Escape returns s with escapes for all but the letters, digits and punctuation of
+// ASCII, and for backslashes.
+func Escape(s string, mode EscapeMode) string { return string(appendEscaped(nil, s, mode)) }
+
+func appendEscaped(b []byte, s string, mode EscapeMode) []byte {
 	const digits = "0123456789abcdef"
 	for i := range len(s) {
 		switch c := s[i]; {
@@ -181,7 +191,9 @@ func appendEscaped(b []byte, s string, inXattr bool) []byte {
 			b = append(b, `\r`...)
 		case c == '\t':
 			b = append(b, `\t`...)
-		case c <= ' ' || c >= 0x7f || inXattr && c == '=':
+		case c == ' ' && mode&KeepSpaces != 0:
+			b = append(b, c)
+		case c <= ' ' || c >= 0x7f || c == '=' && mode&EscapeEquals != 0:
 			b = append(b, '\\', 'x', digits[c>>4], digits[c&15])
 		default:
 			b = append(b, c)

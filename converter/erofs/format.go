@@ -34,7 +34,6 @@ const (
 const (
 	headerMagic   = 0xd078629a
 	headerVersion = 1
-	headerSize    = 32
 	flagACL       = 1 << 0 // some file has an ACL
 )
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"maps"
 	"math"
 	"slices"
 	"strings"
@@ -352,7 +353,7 @@ func (r *reader) node(in *rawInode) *tree.Node {
 	n := &r.nodes[0]
 	r.nodes = r.nodes[1:]
 	n.Mode, n.UID, n.GID, n.MtimeSec, n.MtimeNsec = in.mode, in.uid, in.gid, in.sec, in.nsec
-	if in.mode&tree.TypeMask != tree.TypeDir && in.nlink != 1 {
+	if r.view != nil || in.mode&tree.TypeMask != tree.TypeDir && in.nlink != 1 {
 		n.Nlink = in.nlink
 	}
 	return n
@@ -385,9 +386,10 @@ func (r *reader) attrs(list []xattrID) map[string]string {
 	return m
 }
 
-// A View is a tree with what composefs-info(1) shows beyond it. Links have their
-// first name in byte order as owner there.
+// A View is a tree with what composefs-info(1) shows beyond it.
 type View struct {
+	// Tree has every node's number of links as the image says it, directories'
+	// too, and no owners: the first name in byte order is the file.
 	Tree  *tree.Tree
 	sizes map[*tree.Node]int64
 	attrs map[*tree.Node][]xattrID
@@ -400,9 +402,15 @@ func ReadView(r io.ReaderAt, size int64) (*View, error) {
 	if err := rd.read(r, size); err != nil {
 		return nil, fmt.Errorf("reading image: %w", err)
 	}
-	v.Tree = rd.tree()
-	v.Tree.Owners = nil
+	v.Tree = &tree.Tree{Root: rd.root}
 	return v, nil
+}
+
+// WithRoot returns the view of a tree whose root was changed.
+func (v *View) WithRoot(root *tree.Node) *View {
+	w := &View{Tree: &tree.Tree{Root: root}, sizes: maps.Clone(v.sizes), attrs: maps.Clone(v.attrs)}
+	w.sizes[root], w.attrs[root] = v.sizes[v.Tree.Root], v.attrs[v.Tree.Root]
+	return w
 }
 
 // Size returns the size in bytes that the image gives a directory.

@@ -30,11 +30,11 @@ func printDump(tb testing.TB, t *tree.Tree) string {
 // formatOf returns the format to write an image again.
 func formatOf(tb testing.TB, image []byte) erofs.Format {
 	tb.Helper()
-	info, err := erofs.ReadInfo(bytes.NewReader(image))
+	h, err := erofs.ReadInfo(bytes.NewReader(image))
 	if err != nil {
 		tb.Fatal(err)
 	}
-	return []erofs.Format{erofs.V0, erofs.V1, erofs.V1}[info.Version]
+	return []erofs.Format{erofs.V0, erofs.V1, erofs.V1}[h.Version]
 }
 
 // TestRoundTrip goes from dumps to images and back, twice.
