@@ -244,6 +244,8 @@ func (b *builder) target(link, path string) (*tree.Node, error) {
 		return nil, fmt.Errorf("%w: a hard link to %.300q, which the layer does not have before it", ErrLink, link)
 	case n.IsDir():
 		return nil, fmt.Errorf("%w: a hard link to %.300q, a directory", ErrLink, link)
+	case n.IsWhiteout():
+		return tree.NewWhiteout(), nil // deletes, so it is no file with two names
 	}
 	return n, nil
 }
@@ -367,7 +369,10 @@ func (b *builder) node(hdr *tar.Header, path string) (*tree.Node, error) {
 		}
 		n.Rdev = tree.Makedev(uint32(hdr.Devmajor), uint32(hdr.Devminor))
 		if n.IsWhiteout() {
+			// What overlayfs takes for a whiteout, be it from a tar or not, has no
+			// metadata that anybody could see.
 			b.devices.add("/" + path)
+			return tree.NewWhiteout(), nil
 		}
 	case tar.TypeFifo:
 		n.Mode = tree.TypeFIFO

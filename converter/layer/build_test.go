@@ -89,7 +89,7 @@ func TestTree(t *testing.T) {
 		{"opaque root", tarOf(file(".wh..wh..opq", ""), file("b", "1")), "/(opaque)(implied) /b=1", ""},
 		{"opaque and whiteout", tarOf(dir("a"), file("a/.wh.b", ""), file("a/.wh..wh..opq", "")), "/(implied) /a(opaque) /a/b(whiteout)", ""},
 		{"AUFS bookkeeping", tarOf(file(".wh..wh.aufs", "x"), dir(".wh..wh.plnk/"), file(".wh..wh.plnk/1.2", "data"), link("a", ".wh..wh.plnk/1.2"), file("b/.wh..wh.x/.wh.y", "")), "/(implied) /a=data /b(implied)", `1 parent directories are not in the layer, first "/b"`},
-		{"device 0:0", tarOf(char("a", 0, 0)), "/(implied) /a(whiteout)", `1 character devices 0:0, first "/a"`},
+		{"device 0:0", tarOf(xattr(char("a", 0, 0), "user.a", "1"), link("b", "a")), "/(implied) /a(whiteout) /b(whiteout)", `1 character devices 0:0, first "/a"`},
 
 		{"overlay xattrs", tarOf(xattr(xattr(xattr(dir("a"), "trusted.overlay.opaque", "y"), "user.overlay.redirect", "/x"), "user.overlayfs", "kept")), "/(implied) /a", `2 overlayfs xattrs dropped, first "trusted.overlay.opaque" of "/a"`},
 		{"global header", tarOf(global(map[string]string{"comment": "c"}), file("a", "1")), "/(implied) /a=1", ""},

@@ -42,6 +42,7 @@ import (
 	"io"
 	"runtime"
 	"strings"
+	"sync"
 
 	"github.com/particle-os/particle/converter/fsverity"
 	"github.com/particle-os/particle/converter/tree"
@@ -215,20 +216,29 @@ func (noRecord) Inline([]byte) error                 { return nil }
 func (noRecord) Object(fsverity.Digest, int64) error { return nil }
 
 // Discard returns Objects that computes digests and stores nothing.
-func Discard(alg fsverity.Algorithm) Objects { return discard(alg) }
+func Discard(alg fsverity.Algorithm) Objects {
+	return &discard{alg, sync.Pool{New: func() any { return fsverity.NewHasher(alg) }}}
+}
 
-type discard fsverity.Algorithm
+type discard struct {
+	alg     fsverity.Algorithm
+	hashers sync.Pool
+}
 
-func (d discard) Algorithm() fsverity.Algorithm { return fsverity.Algorithm(d) }
+func (d *discard) Algorithm() fsverity.Algorithm { return d.alg }
 
-func (d discard) Put(ctx context.Context, r io.Reader, size int64) (fsverity.Digest, error) {
-	digest, n, err := fsverity.Read(d.Algorithm(), io.LimitReader(r, size))
+func (d *discard) Put(ctx context.Context, r io.Reader, size int64) (fsverity.Digest, error) {
+	digest, n, err := fsverity.Read(d.alg, io.LimitReader(r, size))
 	if err == nil && n != size {
 		err = io.ErrUnexpectedEOF
 	}
 	return digest, err
 }
 
-func (d discard) PutBytes(ctx context.Context, data []byte) (fsverity.Digest, error) {
-	return fsverity.Sum(d.Algorithm(), data), nil
+func (d *discard) PutBytes(ctx context.Context, data []byte) (fsverity.Digest, error) {
+	h := d.hashers.Get().(*fsverity.Hasher)
+	defer d.hashers.Put(h)
+	h.Reset()
+	h.Write(data)
+	return h.Sum(), nil
 }

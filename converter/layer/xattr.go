@@ -63,4 +63,10 @@ func xattrRecord(key, value string) (string, string) {
 	return schilyXattr + key, value
 }
 
-func sorted[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
+// sorted returns the keys of m in byte order. Most entries have no records at all.
+func sorted(m map[string]string) []string {
+	if len(m) == 0 {
+		return nil
+	}
+	return slices.Sorted(maps.Keys(m))
+}
