@@ -176,6 +176,8 @@ var scrubRules = []struct {
 	{"etc/resolv.conf", "this machine's resolver, copied by mmdebstrap"},
 	{"etc/hostname", "this machine's name, copied by mmdebstrap"},
 	{"etc/.pwd.lock", "a lock"},
+	{"etc/apt/apt.conf.d/99mmdebstrap", "options of this installation, such as a proxy"},
+	{"etc/dpkg/dpkg.cfg.d/99mmdebstrap", "options of this installation"},
 	{"etc/passwd-", "a backup of an editing tool"},
 	{"etc/group-", "a backup of an editing tool"},
 	{"etc/shadow-", "a backup of an editing tool"},

@@ -108,7 +108,8 @@ func (m mmdebstrap) install(ctx context.Context, o *bootstrapOptions, tar string
 // run runs mmdebstrap with what all runs share and returns what its hooks reported.
 // What it prints is shown when it fails.
 func (m mmdebstrap) run(ctx context.Context, o bootstrapOptions, epoch string, args ...string) ([]byte, error) {
-	shared := []string{"--architectures=" + o.arch}
+	// What a power cut leaves of an unfinished tree is of no use: dpkg need not sync.
+	shared := []string{"--architectures=" + o.arch, "--dpkgopt=force-unsafe-io"}
 	if len(o.components) > 0 {
 		shared = append(shared, "--components="+strings.Join(o.components, ","))
 	}

@@ -79,7 +79,7 @@ func diagnose(store string) diagnosis {
 		{"two overlays on that", f.FileStacks, "a loop device is used where containers run on a mount"},
 		{"EROFS on a loop device", f.Loop, "only EROFS on a file is left"},
 		{"overlayfs", f.Overlay, "images cannot be mounted"},
-		{"data-only layers", f.DataOnly, "the store's objects show in the root of a mount"},
+		{"data-only layers", f.DataOnly, "the objects are an ordinary layer, which the image hides"},
 		{"detached layers", f.LayerFds, "mounting takes a moment longer"},
 		{"escaped whiteouts", f.Whiteouts, "an overlay on an image of a single layer does not see its deletions"},
 		{"overlay verity=require", f.VerityOpt, "the kernel does not check files"},
