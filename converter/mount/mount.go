@@ -22,6 +22,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -52,7 +53,7 @@ type Verity int
 
 const (
 	VerityOff     Verity = iota
-	VerityTry            // where the kernel and the objects' filesystem can
+	VerityTry            // where the kernel can and the objects (a sample of them) have fs-verity
 	VerityRequire        // always; with Options.Digest the image itself must have fs-verity too
 )
 
@@ -166,15 +167,17 @@ func Detached(opts Options) (*os.File, State, error) {
 	}
 	st.Verity, st.Loop, st.Warnings = m.verity, m.onLoop, m.warnings
 	if m.verity && !veritySupported(opts.Objects) {
-		st.Warnings = append(st.Warnings, "verity is required and the objects' filesystem has no fs-verity: files will not open")
+		st.Warnings = append(st.Warnings, "verity is required and objects have no fs-verity: their files will not open")
 	}
 	opts.judge(&st)
 	return root, st, nil
 }
 
-// Attach gives a detached mount a place in the file hierarchy.
+// Attach gives a detached mount a place in the file hierarchy. It follows symbolic
+// links, as mount(2) does.
 func Attach(f *os.File, target string) error {
-	err := unix.MoveMount(int(f.Fd()), "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH)
+	err := unix.MoveMount(int(f.Fd()), "", unix.AT_FDCWD, target,
+		unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_SYMLINKS)
 	if err != nil {
 		return fmt.Errorf("mounting on %q: %w", target, err)
 	}
@@ -245,14 +248,46 @@ func (o *Options) judge(st *State) {
 	}
 }
 
-// veritySupported reports whether all directories are on filesystems with fs-verity.
+// veritySupported reports whether all directories are on filesystems with fs-verity
+// and a sample of their objects has it. A store that began on a filesystem without it
+// has objects that verity=require would not let anybody open.
 func veritySupported(dirs []string) bool {
 	for _, dir := range dirs {
-		if hasVerity(dir) != nil {
+		if hasVerity(dir) != nil || !sampleVerity(dir) {
 			return false
 		}
 	}
 	return true
+}
+
+// sampleVerity looks at an object in each of some subdirectories.
+func sampleVerity(dir string) bool {
+	const samples = 8
+	for _, sub := range someNames(dir, samples) {
+		for _, name := range someNames(filepath.Join(dir, sub), 1) {
+			f, err := os.OpenFile(filepath.Join(dir, sub, name), os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+			if err != nil {
+				return false
+			}
+			_, err = fsverity.Measure(f)
+			f.Close()
+			if err != nil {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// someNames returns up to n names in a directory, none if it is not one.
+func someNames(dir string, n int) []string {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	names, _ := f.Readdirnames(n)
+	return names
 }
 
 // hasVerity returns nil if the filesystem of dir has fs-verity: the kernel then

@@ -240,7 +240,7 @@ func TestWays(t *testing.T) {
 						source = dev.Name()
 					}
 					meta, err := mountErofs(source, false)
-					if err == unix.ENOTBLK || errors.Is(err, unix.ENOTBLK) {
+					if errors.Is(err, unix.ENOTBLK) {
 						t.Skipf("no EROFS on a file here: %v", err)
 					}
 					if err != nil {
@@ -270,11 +270,6 @@ func TestWays(t *testing.T) {
 						if len(m.warnings) != 1 {
 							t.Errorf("got warnings %q, want one", m.warnings)
 						}
-						b, err := os.ReadFile(f.target + "/sub/big")
-						if err != nil || !bytes.Equal(b, bytes.Repeat([]byte("big"), 4000)) {
-							t.Errorf("reading: got %d bytes, %v", len(b), err)
-						}
-						return
 					}
 					f.check(t, f.target)
 				})
@@ -354,8 +349,9 @@ func TestDigest(t *testing.T) {
 	if _, err := Mount(f.target, o); !errors.Is(err, ErrNoVerity) {
 		t.Errorf("got %v, want ErrNoVerity", err)
 	}
+	// No object has fs-verity: requiring it would make all files unreadable.
 	o.Verity, o.ObjectsChecked = VerityTry, true
-	if st := f.mount(t, o); st.Digest != f.digest || st.Measured || st.Verification != Checked {
+	if st := f.mount(t, o); st.Verity || st.Digest != f.digest || st.Measured || st.Verification != Checked {
 		t.Errorf("got %+v, want the digest, checked", st)
 	}
 	f.check(t, f.target)
@@ -368,6 +364,9 @@ func TestVerity(t *testing.T) {
 	f := newFixture(t, dir)
 	if err := tryVerity(dir); err != nil {
 		t.Skipf("no fs-verity in the temporary directory: %v", err)
+	}
+	if s := Probe(dir).VerityOpt; !s.OK {
+		t.Skipf("this kernel's overlayfs has no verity=require: %s", s.Why)
 	}
 	enable := func(path string) {
 		t.Helper()
@@ -384,6 +383,9 @@ func TestVerity(t *testing.T) {
 	big := filepath.Join(f.objects, f.tree.Lookup("sub/big").File.Path())
 	enable(big)
 	enable(filepath.Join(f.objects, f.tree.Lookup("other").File.Path()))
+	if !veritySupported([]string{f.objects}) {
+		t.Error("objects with fs-verity are taken for objects without")
+	}
 
 	o := f.options()
 	o.Digest, o.Verity = f.digest, VerityRequire
@@ -523,6 +525,22 @@ func TestDetach(t *testing.T) {
 		if _, err := file.Read(b); err != nil || string(b) != "other" {
 			t.Errorf("the open file: got %q, %v", b, err)
 		}
+	}
+}
+
+func TestSymlinkTarget(t *testing.T) {
+	f := newFixture(t, t.TempDir())
+	link := f.target + "-link"
+	if err := os.Symlink(filepath.Base(f.target), link); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Mount(link, f.options()); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(f.target, unix.MNT_DETACH)
+	f.check(t, f.target)
+	if err := Unmount(link); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -78,9 +78,10 @@ func (m *mounter) stack(source string) (*os.File, error) {
 	return root, err
 }
 
-// retry reports whether an error may mean that the kernel does not know an option.
+// retry reports whether an error may mean that the kernel does not know an option:
+// Linux 6.18 says EINVAL, 6.12 EBADF of a descriptor, 6.1 EOPNOTSUPP.
 func retry(err error) bool {
-	return errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EBADF) || errors.Is(err, unix.ENOSYS)
+	return errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EBADF) || errors.Is(err, unix.EOPNOTSUPP)
 }
 
 // A layering is a way to tell overlayfs its layers.
@@ -90,7 +91,7 @@ const (
 	byFd     layering = iota // lowerdir+ and datadir+ as descriptors, Linux 6.13; detached ones, 6.15
 	byString                 // the same as paths, 6.7
 	byColons                 // lowerdir=META::OBJECTS, 6.5
-	byColon                  // lowerdir=META:OBJECTS: the objects show in the root
+	byColon                  // lowerdir=META:OBJECTS; whiteouts in the image hide the objects
 )
 
 // layers are the directories of an overlay above the image.
@@ -150,8 +151,8 @@ func (m *mounter) overlay(meta *os.File, ways ...layering) (*os.File, error) {
 		var root *os.File
 		if root, err = m.overlayBy(how, meta, &l); err == nil {
 			if how == byColon {
-				m.warnings = append(m.warnings,
-					"this kernel has no data-only layers (Linux 6.5): the object directories show in the root of the mount")
+				m.warnings = append(m.warnings, "this kernel has no data-only layers (Linux 6.5): "+
+					"what else lies in an object directory than objects shows in the root of the mount")
 			}
 			return root, nil
 		}
