@@ -278,6 +278,40 @@ func TestWays(t *testing.T) {
 	}
 }
 
+// TestNoMountPoint is an initramfs that has none of the usual directories.
+func TestNoMountPoint(t *testing.T) {
+	f := newFixture(t, t.TempDir())
+	defer func(old []string) { mountPoints = old }(mountPoints)
+	mountPoints = []string{"/missing", "/"}
+	image, err := os.Open(f.image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer image.Close()
+	dev, err := openLoop(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	meta, err := mountErofs(dev.Name(), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer meta.Close()
+	m := mounter{opts: f.options()}
+	var root *os.File
+	err = inPrivate(func() (err error) { root, err = m.overlay(meta, byString, byColons, byColon); return err })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	if err := Attach(root, f.target); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(f.target, unix.MNT_DETACH)
+	f.check(t, f.target)
+}
+
 func TestWritable(t *testing.T) {
 	f := newFixture(t, t.TempDir())
 	dir := filepath.Dir(f.image)
