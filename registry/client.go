@@ -183,6 +183,14 @@ type retrying struct {
 }
 
 func (r *retrying) RoundTrip(req *http.Request) (*http.Response, error) {
+	if b, ok := req.Body.(*blobBody); ok {
+		body, err := b.renew()
+		if err != nil {
+			return nil, err
+		}
+		req = req.Clone(req.Context())
+		req.Body = body
+	}
 	for try := 0; ; try++ {
 		resp, err := r.inner.RoundTrip(req)
 		if try >= r.retries || req.Body != nil && req.GetBody == nil || !passing(resp, err) {

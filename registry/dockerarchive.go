@@ -42,7 +42,7 @@ type dockerArchive struct {
 func openDockerArchive(ctx context.Context, files fileSet, tag string) (source, error) {
 	raw, err := readFile(files, dockerManifest, maxManifest)
 	if errors.Is(err, ErrNotFound) {
-		return nil, fmt.Errorf("%w; is it an archive of docker save? An OCI archive is read with oci-archive:", err)
+		return nil, fmt.Errorf("%w; is it an archive of docker save? (prefix oci-archive for an OCI archive)", err)
 	}
 	if err != nil {
 		return nil, err

@@ -41,7 +41,7 @@ func unpackBlob(f *os.File, r io.Reader) (*v1.Descriptor, error) {
 
 func (t *archiveTarget) addDocker(members map[string]member, m *v1.Manifest) error {
 	if !m.Config.MediaType.IsConfig() {
-		return fmt.Errorf("%w: config of type %q in a Docker archive, want %q or %q; write an oci-archive:", ErrUnsupported, m.Config.MediaType, types.OCIConfigJSON, types.DockerConfigJSON)
+		return fmt.Errorf("%w: config of type %q in a Docker archive, want %q or %q; write an OCI archive instead", ErrUnsupported, m.Config.MediaType, types.OCIConfigJSON, types.DockerConfigJSON)
 	}
 	config := t.blobs[m.Config.Digest]
 	if config.size > maxConfig {

@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
@@ -78,7 +79,7 @@ func newImage(t testing.TB, docker bool, layers map[string]types.MediaType, orde
 		m.manifest.Layers = append(m.manifest.Layers, d)
 	}
 	config, err := json.Marshal(map[string]any{
-		"architecture": "amd64", "os": "linux", "config": map[string]any{"Cmd": []string{"/a"}}, "created": "2020-01-01T00:00:00Z",
+		"architecture": "amd64", "os": "linux", "config": map[string]any{"Cmd": []string{"/" + string(m.mediaType)}}, "created": "2020-01-01T00:00:00Z",
 		"rootfs": map[string]any{"type": "layers", "diff_ids": diffIDs},
 	})
 	if err != nil {
@@ -241,4 +242,15 @@ func serve(t testing.TB, dir string, opts *registry.ServeOptions) *registry.Serv
 	}
 	t.Cleanup(func() { s.Close() })
 	return s
+}
+
+var modTime = time.Unix(1_000_000_000, 0)
+
+func jsonOf(t testing.TB, v any) []byte {
+	t.Helper()
+	raw, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
 }

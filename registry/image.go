@@ -259,7 +259,7 @@ func (i *Image) Blob(ctx context.Context, desc v1.Descriptor) (io.ReadCloser, er
 	if err != nil {
 		return nil, fmt.Errorf("reading %s from %s: %w", desc.Digest, i.ref, err)
 	}
-	v, err := newVerifier(rc, desc)
+	v, err := newVerifier(&cappedReadCloser{&contextReader{ctx, rc}, rc}, desc)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("reading from %s: %w", i.ref, err), rc.Close())
 	}

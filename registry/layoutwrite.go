@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -19,7 +20,9 @@ import (
 // layoutTarget writes into an OCI layout in a directory. Blobs wait in a directory of
 // their own inside of it; PutManifest moves them to their places, and index.json,
 // which makes the image visible, is replaced last. Blobs of images that are replaced
-// stay: another tag, or a process that reads, may need them.
+// stay: another tag, or a process that reads, may need them. A Docker manifest is
+// stored as it is too, so that its digest holds; the specification allows any type,
+// but skopeo finds such an image only where a layout has no tags.
 type layoutTarget struct {
 	*staging
 	root string
@@ -36,18 +39,8 @@ func createLayout(ref Ref) (_ Target, err error) {
 	if err := t.mkdir(ref.Path); err != nil {
 		return nil, err
 	}
-	entries, err := os.ReadDir(ref.Path)
-	if err != nil {
+	if err := checkPlace(ref.Path); err != nil {
 		return nil, err
-	}
-	named := func(e fs.DirEntry) bool { return e.Name() == layoutFile }
-	if slices.ContainsFunc(entries, named) {
-		if _, _, err := readLayout(dirFiles(ref.Path)); err != nil && !errors.Is(err, ErrNotFound) {
-			return nil, err
-		}
-	} else if slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !isStaging(e.Name()) }) {
-		// A typing error in a path must not spread blobs over somebody's home.
-		return nil, fmt.Errorf("%w: directory %q is no OCI layout and not empty; name a new or empty directory", ErrInvalid, ref.Path)
 	}
 	if t.staging, err = newStaging(ref, ref.Path, stagingPrefix); err != nil {
 		return nil, err
@@ -59,11 +52,35 @@ func createLayout(ref Ref) (_ Target, err error) {
 	return t, nil
 }
 
-const stagingPrefix = ".particle-"
-
-func isStaging(name string) bool {
-	return len(name) > len(stagingPrefix) && name[:len(stagingPrefix)] == stagingPrefix
+// checkPlace tells whether a directory may become or stay a layout. It takes the lock
+// because a writer that commits makes an empty directory one, step by step.
+func checkPlace(dir string) error {
+	unlock, err := lockDir(dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if _, _, err := readLayout(dirFiles(dir)); !errors.Is(err, ErrNotFound) {
+		return err
+	}
+	if _, err := os.Lstat(filepath.Join(dir, layoutFile)); err == nil {
+		return nil // without index.json: a writer was killed in the middle
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), stagingPrefix) {
+			// A typing error in a path must not spread blobs over somebody's home.
+			return fmt.Errorf("%w: directory %q is no OCI layout and not empty; name a new or empty directory", ErrInvalid, dir)
+		}
+	}
+	return nil
 }
+
+// stagingPrefix starts the names of what is unfinished.
+const stagingPrefix = ".particle-"
 
 // mkdir makes a directory and those above it, and remembers which are new.
 func (t *layoutTarget) mkdir(dir string) error {
@@ -120,6 +137,11 @@ func (t *layoutTarget) commit(desc v1.Descriptor, raw []byte) error {
 	case !errors.Is(err, ErrNotFound):
 		return err
 	}
+	if old == nil {
+		if err := writeFile(filepath.Join(t.root, layoutFile), writeBytes([]byte(layoutContent))); err != nil {
+			return err
+		}
+	}
 	dirs := map[string]bool{}
 	place := func(h v1.Hash) (string, error) {
 		name := filepath.Join(t.root, blobName(h))
@@ -148,11 +170,6 @@ func (t *layoutTarget) commit(desc v1.Descriptor, raw []byte) error {
 	}
 	for _, dir := range append(sortedKeys(dirs), filepath.Join(t.root, "blobs")) {
 		if err := syncDir(dir); err != nil {
-			return err
-		}
-	}
-	if old == nil {
-		if err := writeFile(filepath.Join(t.root, layoutFile), writeBytes([]byte(layoutContent))); err != nil {
 			return err
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -43,7 +44,7 @@ func podman(ctx context.Context, args ...string) (string, error) {
 	switch {
 	case err == nil:
 		return strings.TrimSpace(stdout.String()), nil
-	case errors.Is(err, exec.ErrNotFound):
+	case errors.Is(err, exec.ErrNotFound), errors.Is(err, fs.ErrNotExist):
 		return "", fmt.Errorf("%w: program %q; install podman, or name another one in PARTICLE_PODMAN", ErrNotFound, cmd.Path)
 	case ctx.Err() != nil:
 		return "", ctx.Err()

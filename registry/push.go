@@ -10,7 +10,6 @@ import (
 	"net/url"
 	"strings"
 	"sync"
-	"sync/atomic"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
@@ -63,8 +62,7 @@ type sourceError struct{ error }
 
 func (e *sourceError) Unwrap() error { return e.error }
 
-// errBroken marks an upload that ended without an answer of the registry, also one
-// that a token's end cut short: its second sending has no body left.
+// errBroken marks an upload that ended without an answer of the registry.
 var errBroken = errors.New("upload broken off")
 
 func (t *remoteTarget) putBlob(ctx context.Context, desc v1.Descriptor, open func() (io.ReadCloser, error)) error {
@@ -129,40 +127,29 @@ func (t *remoteTarget) startUpload(ctx context.Context, query url.Values) (*url.
 }
 
 func (t *remoteTarget) upload(ctx context.Context, location *url.URL, desc v1.Descriptor, open func() (io.ReadCloser, error)) error {
-	var first error // of the source, seen only by the HTTP transport
-	var mu sync.Mutex
-	rc, err := openVerified(desc, open)
-	if err != nil {
+	body := &blobBody{desc: desc, open: open}
+	if err := body.reopen(); err != nil {
 		return &sourceError{err}
 	}
-	body := &watched{ReadCloser: rc, tell: func(err error) {
-		mu.Lock()
-		defer mu.Unlock()
-		if first == nil && ctx.Err() == nil {
-			first = &sourceError{err}
-		}
-	}}
+	defer body.Close()
 	query := location.Query()
 	query.Set("digest", desc.Digest.String())
 	location.RawQuery = query.Encode()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPut, location.String(), body)
 	if err != nil {
-		return errors.Join(err, rc.Close())
+		return err
 	}
-	// Without GetBody the layers below repeat nothing: after a failure the upload has
-	// to be started anew. The size has to be known, or the body would go in chunks,
-	// which some registries do not take; and an unsized empty body would not go at all.
+	// Without GetBody nothing is repeated on the way: after a failure the upload has to
+	// be started anew. The size has to be known, or the body would go in chunks, which
+	// some registries do not take.
 	req.ContentLength = desc.Size
 	if desc.Size == 0 {
-		rc.Close()
 		req.Body = http.NoBody
 	}
 	req.Header.Set("Content-Type", "application/octet-stream")
 	resp, err := t.do(req, http.StatusCreated)
-	mu.Lock()
-	defer mu.Unlock()
-	if first != nil {
-		return first
+	if fault := body.fault(); fault != nil && ctx.Err() == nil {
+		return &sourceError{fault}
 	}
 	var status *transport.Error
 	if err != nil && !errors.As(err, &status) && ctx.Err() == nil {
@@ -175,27 +162,87 @@ func (t *remoteTarget) upload(ctx context.Context, location *url.URL, desc v1.De
 	return nil
 }
 
-// watched tells of errors of a request's body, which http.Client blurs.
-type watched struct {
-	io.ReadCloser
-	tell   func(error)
-	closed atomic.Bool
+// A blobBody is the body of an upload. When a token has run out, the transport sends
+// the request a second time, with what is left of its body; renew sees to it that this
+// is the whole blob again. The body keeps the first error of the source, which
+// http.Client would blur.
+type blobBody struct {
+	desc v1.Descriptor
+	open func() (io.ReadCloser, error)
+
+	mu   sync.Mutex
+	rc   io.ReadCloser // nil when closed
+	sent bool          // a transport has had it
+	err  error
 }
 
-func (w *watched) Close() error {
-	w.closed.Store(true)
-	return w.ReadCloser.Close()
+func (b *blobBody) reopen() error {
+	rc, err := openVerified(b.desc, b.open)
+	b.rc = rc
+	return err
 }
 
-func (w *watched) Read(p []byte) (int, error) {
-	if w.closed.Load() {
-		return 0, errBroken
+// renew is called by the lowest transport before each sending.
+func (b *blobBody) renew() (io.ReadCloser, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.sent {
+		b.sent = true
+		return b, nil
 	}
-	n, err := w.ReadCloser.Read(p)
-	if err != nil && err != io.EOF {
-		w.tell(err)
+	again := &blobBody{desc: b.desc, open: b.open, sent: true}
+	err := again.reopen()
+	if err != nil {
+		b.err = err
+		return nil, err
+	}
+	return &renewed{again, b}, nil
+}
+
+// renewed is the second sending, whose faults count for the first.
+type renewed struct {
+	*blobBody
+	first *blobBody
+}
+
+func (r *renewed) Read(p []byte) (int, error) {
+	n, err := r.blobBody.Read(p)
+	if fault := r.fault(); fault != nil {
+		r.first.mu.Lock()
+		r.first.err = fault
+		r.first.mu.Unlock()
 	}
 	return n, err
+}
+
+func (b *blobBody) Read(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.rc == nil {
+		return 0, errBroken // the transport gave up already
+	}
+	n, err := b.rc.Read(p)
+	if err != nil && err != io.EOF && b.err == nil {
+		b.err = err
+	}
+	return n, err
+}
+
+func (b *blobBody) fault() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.err
+}
+
+func (b *blobBody) Close() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.rc == nil {
+		return nil
+	}
+	rc := b.rc
+	b.rc = nil
+	return rc.Close()
 }
 
 // PutManifest puts the manifest under the tag, or under its digest where the

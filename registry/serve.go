@@ -58,7 +58,7 @@ func Serve(ctx context.Context, dir, addr string, opts *ServeOptions) (*Server, 
 	if !isLoopback(addr) {
 		return nil, fmt.Errorf("serving a registry: %w: address %q; it has no access control, so it must be a loopback one like 127.0.0.1:5000", ErrUnsupported, addr)
 	}
-	blobs := registry.NewInMemoryBlobHandler()
+	blobs := registry.NewInMemoryBlobHandler().(blobStore)
 	if dir != "" {
 		if fi, err := os.Stat(dir); err != nil {
 			return nil, fmt.Errorf("serving a registry: %w", err)

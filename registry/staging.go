@@ -159,7 +159,7 @@ func (s *staging) Close() error {
 // The name becomes visible when write has succeeded and all bytes are on disk.
 func writeFile(name string, write func(*os.File) error) error {
 	dir := filepath.Dir(name)
-	f, err := os.CreateTemp(dir, "."+filepath.Base(name)+".tmp-")
+	f, err := os.CreateTemp(dir, stagingPrefix+filepath.Base(name)+"-")
 	if err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@ package registry
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -16,17 +17,24 @@ import (
 )
 
 // uploads takes the parts of a blob's upload (OCI distribution specification 1.1,
-// "Pushing blobs") and hands the whole to the registry behind it in one request. The
-// registry's own handling keeps all of an upload in memory, one upload at a time; this
-// one keeps parts in files, and a blob that comes in one piece nowhere.
+// "Pushing blobs") in place of go-containerregistry, which keeps all of an upload in
+// memory and takes one upload at a time: parts are kept in files here, and a blob that
+// comes in one piece nowhere. Everything else goes on to the registry behind it.
 type uploads struct {
 	inner http.Handler
-	blobs registry.BlobHandler
+	blobs blobStore
 	dir   string // for the files, "" for memory
 
 	mu   sync.Mutex
 	last int
 	open map[string]*upload
+}
+
+// A blobStore keeps blobs; both of go-containerregistry's interfaces are in it.
+type blobStore interface {
+	registry.BlobHandler
+	registry.BlobStatHandler
+	registry.BlobPutHandler
 }
 
 // An upload is the parts so far.
@@ -74,7 +82,8 @@ func (u *uploads) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		}
 		up.answer(w, repo, id, http.StatusAccepted)
 	case http.MethodPut:
-		u.finish(w, req, repo, id, up)
+		u.finish(w, req, repo, up)
+		u.forget(id, up)
 	case http.MethodDelete:
 		u.forget(id, up)
 		w.WriteHeader(http.StatusNoContent)
@@ -88,17 +97,13 @@ func (u *uploads) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 func (u *uploads) start(w http.ResponseWriter, req *http.Request, repo string) {
 	query := req.URL.Query()
 	if query.Has("digest") {
-		u.inner.ServeHTTP(w, req)
+		u.finish(w, req, repo, &upload{data: new(bytes.Buffer)})
 		return
 	}
 	if h, err := v1.NewHash(query.Get("mount")); err == nil {
-		if s, ok := u.blobs.(registry.BlobStatHandler); ok {
-			if _, err := s.Stat(req.Context(), repo, h); err == nil {
-				w.Header().Set("Location", "/v2/"+repo+"/blobs/"+h.String())
-				w.Header().Set("Docker-Content-Digest", h.String())
-				w.WriteHeader(http.StatusCreated)
-				return
-			}
+		if _, err := u.blobs.Stat(req.Context(), repo, h); err == nil {
+			created(w, repo, h)
+			return
 		}
 	}
 	up := &upload{data: new(bytes.Buffer), drop: func() {}}
@@ -119,23 +124,47 @@ func (u *uploads) start(w http.ResponseWriter, req *http.Request, repo string) {
 	up.answer(w, repo, id, http.StatusAccepted)
 }
 
-// finish hands the parts and the last body on, as an upload in one request.
-func (u *uploads) finish(w http.ResponseWriter, req *http.Request, repo, id string, up *upload) {
-	defer u.forget(id, up)
-	if f, ok := up.data.(io.Seeker); ok {
-		if _, err := f.Seek(0, io.SeekStart); err != nil {
-			refuse(w, http.StatusInternalServerError, "BLOB_UPLOAD_INVALID", err.Error())
+// finish stores the parts and the last body as one blob.
+func (u *uploads) finish(w http.ResponseWriter, req *http.Request, repo string, up *upload) {
+	h, err := v1.NewHash(req.URL.Query().Get("digest"))
+	if err != nil {
+		refuse(w, http.StatusBadRequest, "DIGEST_INVALID", err.Error())
+		return
+	}
+	body, size := io.Reader(req.Body), up.n+req.ContentLength
+	if req.ContentLength < 0 {
+		n, err := io.Copy(up.data, req.Body)
+		if err != nil {
+			refuse(w, http.StatusBadRequest, "SIZE_INVALID", err.Error())
 			return
 		}
+		body, size = http.NoBody, up.n+n
 	}
-	whole := req.Clone(req.Context())
-	whole.Method = http.MethodPost
-	whole.URL.Path = "/v2/" + repo + uploadsPath
-	whole.Body = &cappedReadCloser{io.MultiReader(up.data, req.Body), req.Body}
-	if req.ContentLength >= 0 {
-		whole.ContentLength = up.n + req.ContentLength
+	if f, ok := up.data.(io.Seeker); ok {
+		_, err = f.Seek(0, io.SeekStart)
 	}
-	u.inner.ServeHTTP(w, whole)
+	var whole *verifier
+	if err == nil {
+		rc := &cappedReadCloser{io.MultiReader(up.data, body), req.Body}
+		whole, err = newVerifier(rc, v1.Descriptor{Digest: h, Size: size})
+	}
+	if err == nil {
+		err = u.blobs.Put(req.Context(), repo, h, whole)
+	}
+	switch {
+	case errors.Is(err, ErrDigest):
+		refuse(w, http.StatusBadRequest, "DIGEST_INVALID", err.Error())
+	case err != nil:
+		refuse(w, http.StatusInternalServerError, "BLOB_UPLOAD_INVALID", err.Error())
+	default:
+		created(w, repo, h)
+	}
+}
+
+func created(w http.ResponseWriter, repo string, h v1.Hash) {
+	w.Header().Set("Location", "/v2/"+repo+"/blobs/"+h.String())
+	w.Header().Set("Docker-Content-Digest", h.String())
+	w.WriteHeader(http.StatusCreated)
 }
 
 func (u *uploads) forget(id string, up *upload) {
