@@ -31,6 +31,9 @@ func newFixture(t *testing.T, dir string) fixture {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: mounts images")
 	}
+	if s := Probe(dir).Privilege; !s.OK {
+		t.Skipf("root may not mount here, as in a container that is not privileged: %s", s.Why)
+	}
 	noLeaks(t)
 	f := fixture{image: dir + "/image", objects: dir + "/objects", target: dir + "/target"}
 	node := func(mode uint32) *tree.Node {
