@@ -1,11 +1,14 @@
 package layer
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -160,5 +163,93 @@ func TestStorageFails(t *testing.T) {
 		if _, err := Read(context.Background(), bytes.NewReader(plain), b, b, Options{}); !errors.Is(err, errFull) {
 			t.Errorf("after %d records: got %v", records, err)
 		}
+	}
+}
+
+// endless gives a tar of n files of the given size without having it in memory.
+func endless(n int, size int64) io.Reader {
+	r, w := io.Pipe()
+	go func() {
+		tw := tar.NewWriter(w)
+		block := bytes.Repeat([]byte("content "), 8192)
+		for i := range n {
+			err := tw.WriteHeader(&tar.Header{Name: fmt.Sprint(i), Typeflag: tar.TypeReg, Size: size})
+			for left := size; left > 0 && err == nil; left -= int64(len(block)) {
+				_, err = tw.Write(block[:min(left, int64(len(block)))])
+			}
+			if err != nil {
+				w.CloseWithError(err)
+				return
+			}
+		}
+		w.CloseWithError(tw.Close())
+	}()
+	return r
+}
+
+// watched is a Recorder that looks at the heap from time to time.
+type watched struct {
+	recorded
+	calls int
+	most  uint64
+}
+
+func (w *watched) Inline(p []byte) error { return nil }
+
+func (w *watched) Object(d fsverity.Digest, size int64) error {
+	if w.calls++; w.calls%20 == 0 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		w.most = max(w.most, m.HeapAlloc)
+	}
+	return nil
+}
+
+// TestMemory checks that memory does not grow with the layer, neither with the
+// number of large files nor with their size, and not while objects are slow either.
+func TestMemory(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes seconds")
+	}
+	const limit = 32 << 20
+	for _, c := range []struct {
+		name string
+		n    int
+		size int64
+	}{{"buffered", 300, 1 << 20}, {"streamed", 60, 5_000_000}, {"one", 1, 300 << 20}} {
+		runtime.GC()
+		var before runtime.MemStats
+		runtime.ReadMemStats(&before)
+		w := &watched{calls: 19} // the first call counts
+		res, err := Read(context.Background(), endless(c.n, c.size), Discard(fsverity.SHA256), w, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if res.Entries != c.n {
+			t.Errorf("%s: got %d entries", c.name, res.Entries)
+		}
+		if got := int64(w.most) - int64(before.HeapAlloc); w.most == 0 || got > limit {
+			t.Errorf("%s: got %d bytes of memory in use, want at most %d", c.name, got, limit)
+		}
+	}
+}
+
+// TestLargeSparse reads a file of 5 GiB, all of it but a block a hole.
+func TestLargeSparse(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes seconds")
+	}
+	const size = 5 << 30
+	in := rawPAX(map[string]string{"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.realsize": fmt.Sprint(size), "GNU.sparse.numblocks": "1", "GNU.sparse.map": "4294967296,100"}, "f", strings.Repeat("x", 100))
+	res, err := Read(context.Background(), bytes.NewReader(in), Discard(fsverity.SHA256), nil, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := res.Tree.Lookup("f"); n.File.Size != size || n.File.Object.IsZero() {
+		t.Errorf("got %+v", n.File)
+	}
+	if err := failing(t, in, Options{MaxSize: 1 << 30}); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("got %v", err)
 	}
 }
