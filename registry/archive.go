@@ -132,16 +132,23 @@ func spoolArchive(ctx context.Context, r io.Reader, opts *Options) (_ *os.File, 
 	if err := os.Remove(spool.Name()); err != nil {
 		return nil, err
 	}
-	limit := opts.maxUnpacked()
-	n, err := io.Copy(spool, io.LimitReader(&contextReader{ctx, zr}, limit+1))
-	if err != nil {
+	if _, err := copyLimited(spool, &contextReader{ctx, zr}, opts.maxUnpacked()); err != nil {
 		return nil, fmt.Errorf("unpacking into %q: %w", opts.tempDir(), err)
-	}
-	if n > limit {
-		return nil, fmt.Errorf("%w: it unpacks to more than %d bytes; raise the limit if it is to be trusted", ErrInvalid, limit)
 	}
 	_, err = spool.Seek(0, io.SeekStart)
 	return spool, err
+}
+
+// copyLimited refuses to copy more than limit bytes.
+func copyLimited(w io.Writer, r io.Reader, limit int64) (int64, error) {
+	n, err := io.Copy(w, io.LimitReader(r, limit))
+	if err != nil || n < limit {
+		return n, err
+	}
+	if more, err := io.CopyN(io.Discard, r, 1); err != io.EOF || more > 0 {
+		return n, fmt.Errorf("%w: it unpacks to more than %d bytes; raise the limit if it is to be trusted", ErrInvalid, limit)
+	}
+	return n, nil
 }
 
 // contextReader stops a long copy when its context ends.

@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,7 +23,8 @@ import (
 // image and tag give the same bytes.
 type archiveTarget struct {
 	*staging
-	docker bool
+	docker      bool
+	maxUnpacked int64 // bytes of a layer
 }
 
 // newArchiveTarget stages beside the new file, where the space for it must be anyway.
@@ -41,7 +44,7 @@ func newArchiveTarget(ref Ref, opts *Options, docker bool) (*archiveTarget, erro
 	if err != nil {
 		return nil, err
 	}
-	return &archiveTarget{staging: s, docker: docker}, nil
+	return &archiveTarget{staging: s, docker: docker, maxUnpacked: opts.maxUnpacked()}, nil
 }
 
 func createArchive(ref Ref, opts *Options) (Target, error) {
@@ -50,7 +53,7 @@ func createArchive(ref Ref, opts *Options) (Target, error) {
 
 func (t *archiveTarget) PutBlob(ctx context.Context, desc v1.Descriptor, open func() (io.ReadCloser, error)) error {
 	if t.docker {
-		return t.put(ctx, desc, open, unpackBlob)
+		return t.put(ctx, desc, open, t.unpackBlob)
 	}
 	return t.put(ctx, desc, open, copyBlob)
 }
@@ -97,7 +100,7 @@ type member struct {
 func writeTar(ctx context.Context, w io.Writer, members map[string]member) error {
 	tw := tar.NewWriter(w)
 	dirs := make(map[string]bool)
-	for _, name := range sortedKeys(members) {
+	for _, name := range slices.Sorted(maps.Keys(members)) {
 		for i, c := range name {
 			if dir := name[:i]; c == '/' && !dirs[dir] {
 				dirs[dir] = true

@@ -8,9 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -149,7 +151,7 @@ func (f *authFile) find(ctx context.Context, res authn.Resource) (authn.Authenti
 	}
 	// Docker's keys may be URLs: https://index.docker.io/v1/, https://HOST. They are
 	// looked through in order, so that the same one is found every time.
-	for _, key := range sortedKeys(f.Auths) {
+	for _, key := range slices.Sorted(maps.Keys(f.Auths)) {
 		bare := strings.TrimPrefix(strings.TrimPrefix(key, "https://"), "http://")
 		if bare == key && host != "docker.io" {
 			continue

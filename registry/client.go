@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -59,10 +60,10 @@ func newClient(ctx context.Context, ref Ref, opts *Options, actions string, from
 	if err != nil {
 		return nil, err
 	}
-	if c.agent, err = newAgent(opts); err != nil {
+	if c.agent, err = newAgent(c.repo.host, opts); err != nil {
 		return nil, err
 	}
-	var rt http.RoundTripper = &retrying{inner: &guard{c.agent, plainOK}, retries: c.retries}
+	var rt http.RoundTripper = &retrying{inner: &guard{c.agent, opts.Insecure}, retries: c.retries}
 	rt = transport.NewUserAgent(rt, opts.UserAgent)
 	scopes := []string{"repository:" + ref.Repo + ":" + actions}
 	for _, repo := range from {
@@ -77,8 +78,11 @@ func newClient(ctx context.Context, ref Ref, opts *Options, actions string, from
 	return c, nil
 }
 
+// certDirs are where podman and Docker keep certificates by registry.
+var certDirs = []string{"/etc/containers/certs.d", "/etc/docker/certs.d"}
+
 // newAgent returns the HTTP transport with the registry's certificates.
-func newAgent(opts *Options) (*http.Transport, error) {
+func newAgent(host string, opts *Options) (*http.Transport, error) {
 	t := http.DefaultTransport.(*http.Transport).Clone()
 	t.MaxIdleConnsPerHost = 16
 	t.ResponseHeaderTimeout = 5 * time.Minute // some registries digest a blob before they answer
@@ -86,38 +90,49 @@ func newAgent(opts *Options) (*http.Transport, error) {
 	// that the digest is of.
 	t.DisableCompression = true
 	t.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12, InsecureSkipVerify: opts.Insecure}
-	if opts.CertDir == "" {
-		return t, nil
+	if opts.CertDir != "" {
+		return t, addCertificates(t.TLSClientConfig, opts.CertDir)
 	}
-	entries, err := os.ReadDir(opts.CertDir)
+	for _, dir := range certDirs {
+		err := addCertificates(t.TLSClientConfig, filepath.Join(dir, host))
+		if !errors.Is(err, fs.ErrNotExist) {
+			return t, err
+		}
+	}
+	return t, nil
+}
+
+// addCertificates takes all of a directory, as containers-certs.d(5) has it.
+func addCertificates(config *tls.Config, dir string) error {
+	entries, err := os.ReadDir(dir)
 	if err != nil {
-		return nil, fmt.Errorf("reading certificates: %w", err)
+		return fmt.Errorf("reading certificates: %w", err)
 	}
 	pool, err := x509.SystemCertPool()
 	if err != nil {
 		pool = x509.NewCertPool()
 	}
 	for _, e := range entries {
-		file := filepath.Join(opts.CertDir, e.Name())
+		file := filepath.Join(dir, e.Name())
 		switch filepath.Ext(file) {
 		case ".crt":
 			pem, err := os.ReadFile(file)
 			if err != nil {
-				return nil, fmt.Errorf("reading certificates: %w", err)
+				return fmt.Errorf("reading certificates: %w", err)
 			}
 			if !pool.AppendCertsFromPEM(pem) {
-				return nil, fmt.Errorf("%w: %q holds no PEM certificate", ErrInvalid, file)
+				return fmt.Errorf("%w: %q holds no PEM certificate", ErrInvalid, file)
 			}
 		case ".cert":
 			pair, err := tls.LoadX509KeyPair(file, strings.TrimSuffix(file, ".cert")+".key")
 			if err != nil {
-				return nil, fmt.Errorf("reading client certificate: %w", err)
+				return fmt.Errorf("reading client certificate: %w", err)
 			}
-			t.TLSClientConfig.Certificates = append(t.TLSClientConfig.Certificates, pair)
+			config.Certificates = append(config.Certificates, pair)
 		}
 	}
-	t.TLSClientConfig.RootCAs = pool
-	return t, nil
+	config.RootCAs = pool
+	return nil
 }
 
 // isLoopback tells whether host[:port] can only be this machine.
@@ -148,7 +163,7 @@ func isPrivate(host string) bool {
 // checkTarget refuses to be sent from one host to a private address of another: a
 // hostile registry could reach services that only this machine can reach.
 func checkTarget(from, to *url.URL) error {
-	if from.Hostname() != to.Hostname() && isPrivate(to.Hostname()) && !isLoopback(from.Host) {
+	if from.Hostname() != to.Hostname() && isPrivate(to.Hostname()) && !isPrivate(from.Hostname()) {
 		return fmt.Errorf("%w: %s sends requests on to the private address %q", ErrUnsupported, from.Host, to.Hostname())
 	}
 	return nil
@@ -164,12 +179,12 @@ func checkRedirect(req *http.Request, via []*http.Request) error {
 // guard keeps plain HTTP, and with it credentials, from hosts for which it is not
 // allowed, wherever the request comes from: first contact, redirect or token realm.
 type guard struct {
-	inner   http.RoundTripper
-	plainOK bool
+	inner    http.RoundTripper
+	insecure bool
 }
 
 func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
-	if req.URL.Scheme != "https" && !g.plainOK {
+	if req.URL.Scheme != "https" && !g.insecure && !isLoopback(req.URL.Host) {
 		return nil, fmt.Errorf("%w: plain HTTP to %s; allow it by the option for insecure registries", ErrUnsupported, req.URL.Host)
 	}
 	return g.inner.RoundTrip(req)

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -213,14 +212,3 @@ func (a *dockerArchive) blobRange(ctx context.Context, desc v1.Descriptor, off, 
 }
 
 func (a *dockerArchive) Close() error { return a.files.Close() }
-
-// sortedKeys returns the keys of a map in order, for output that is the same every
-// time.
-func sortedKeys[V any](m map[string]V) []string {
-	keys := make([]string, 0, len(m))
-	for k := range m {
-		keys = append(keys, k)
-	}
-	slices.Sort(keys)
-	return keys
-}

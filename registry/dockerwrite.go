@@ -21,14 +21,14 @@ func createDockerArchive(ref Ref, opts *Options) (Target, error) {
 
 // unpackBlob is the write function for a Docker archive. That a blob is compressed is
 // told from its content: a config is JSON and never looks so.
-func unpackBlob(f *os.File, r io.Reader) (*v1.Descriptor, error) {
+func (t *archiveTarget) unpackBlob(f *os.File, r io.Reader) (*v1.Descriptor, error) {
 	zr, _, err := decompress(r)
 	if err != nil {
 		return nil, err
 	}
 	defer zr.Close()
 	h := sha256.New()
-	n, err := io.Copy(io.MultiWriter(f, h), zr)
+	n, err := copyLimited(io.MultiWriter(f, h), zr, t.maxUnpacked)
 	if err != nil {
 		return nil, err
 	}

@@ -40,6 +40,8 @@ type Options struct {
 	Insecure bool
 	// CertDir holds certificates for a registry: *.crt are authorities besides the
 	// system's, NAME.cert with NAME.key identify the client (containers-certs.d(5)).
+	// Empty is the registry's directory below /etc/containers/certs.d or
+	// /etc/docker/certs.d, if it has one.
 	CertDir string
 	// UserAgent comes before go-containerregistry's own in requests.
 	UserAgent string
@@ -54,8 +56,8 @@ type Options struct {
 	// archives are assembled. Empty is $TMPDIR or /var/tmp for reading, and the
 	// folder of the new file for writing.
 	TempDir string
-	// MaxUnpacked is how many bytes a compressed archive may unpack to; zero is
-	// DefaultMaxUnpacked. A bomb is refused when it gets there.
+	// MaxUnpacked is how many bytes a compressed archive, or a compressed layer that goes
+	// into a Docker archive, may unpack to; zero is DefaultMaxUnpacked. A bomb is refused when it gets there.
 	MaxUnpacked int64
 }
 

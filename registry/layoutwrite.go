@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -168,7 +169,7 @@ func (t *layoutTarget) commit(desc v1.Descriptor, raw []byte) error {
 	if err := writeFile(name, writeBytes(raw)); err != nil {
 		return err
 	}
-	for _, dir := range append(sortedKeys(dirs), filepath.Join(t.root, "blobs")) {
+	for _, dir := range append(slices.Sorted(maps.Keys(dirs)), filepath.Join(t.root, "blobs")) {
 		if err := syncDir(dir); err != nil {
 			return err
 		}

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
@@ -40,6 +41,9 @@ func podman(ctx context.Context, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, podmanProgram(), args...)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	// Killed at once, podman would leave a half-written layer in its storage.
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = 15 * time.Second
 	err := cmd.Run()
 	switch {
 	case err == nil:
@@ -71,6 +75,7 @@ func openPodman(ctx context.Context, name string, opts *Options) (source, error)
 	if err != nil {
 		return nil, err
 	}
+	id = strings.TrimPrefix(id, "sha256:")
 	dir, err := os.MkdirTemp(opts.tempDir(), "particle-podman-")
 	if err != nil {
 		return nil, err

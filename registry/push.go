@@ -44,6 +44,9 @@ func createRemote(ctx context.Context, ref Ref, opts *Options) (Target, error) {
 // PUT") otherwise.
 func (t *remoteTarget) PutBlob(ctx context.Context, desc v1.Descriptor, open func() (io.ReadCloser, error)) error {
 	err := checkDescriptor(desc)
+	if t.ended() {
+		err = errDone
+	}
 	for try := 0; err == nil; try++ {
 		if err = t.putBlob(ctx, desc, open); err == nil {
 			return nil
@@ -55,6 +58,12 @@ func (t *remoteTarget) PutBlob(ctx context.Context, desc v1.Descriptor, open fun
 		err = sleep(ctx, delay(try))
 	}
 	return fmt.Errorf("writing %s to %s: %w", desc.Digest, t.ref, err)
+}
+
+func (t *remoteTarget) ended() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.done
 }
 
 // A sourceError comes from the caller's blob: sending it again would not help.
@@ -292,6 +301,9 @@ func (t *remoteTarget) putManifest(ctx context.Context, raw []byte, mediaType st
 
 // Close ends the connection. Blobs without a manifest are swept by the registry.
 func (t *remoteTarget) Close() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.done = true
 	t.close()
 	return nil
 }

@@ -1,9 +1,13 @@
 package registry_test
 
 import (
+	"io"
 	"os"
 	"path/filepath"
 	"testing"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/particle-os/particle/registry"
 )
@@ -57,5 +61,44 @@ func TestDockerArchive(t *testing.T) {
 		if string(files[0]) != string(files[1]) {
 			t.Errorf("%s: two archives of one image differ", kind)
 		}
+	}
+}
+
+// BenchmarkTransfer pushes a layer of 64 MiB and reads it back.
+func BenchmarkTransfer(b *testing.B) {
+	layer := layerTar("x", 64<<20)
+	desc := describe(layer, types.OCIUncompressedLayer)
+	for _, form := range []string{"docker", "oci", "oci-archive", "docker-archive"} {
+		b.Run(form, func(b *testing.B) {
+			dir := b.TempDir()
+			config := []byte(`{"rootfs":{"type":"layers","diff_ids":["` + desc.Digest.String() + `"]}}`)
+			m := &image{mediaType: types.OCIManifestSchema1, blobs: map[v1.Hash][]byte{desc.Digest: layer}}
+			m.manifest = v1.Manifest{SchemaVersion: 2, MediaType: m.mediaType, Config: describe(config, types.OCIConfigJSON), Layers: []v1.Descriptor{desc}}
+			m.blobs[m.manifest.Config.Digest] = config
+			m.raw = jsonOf(b, m.manifest)
+			text := form + ":" + dir + "/x"
+			if form == "docker" {
+				text = "docker://" + serve(b, dir, nil).Addr() + "/x"
+			}
+			ref := mustRef(b, "%s", text)
+			b.SetBytes(2 * int64(len(layer)))
+			b.ReportAllocs()
+			for b.Loop() {
+				mustWrite(b, ref, m, nil)
+				img := mustOpen(b, ref, nil)
+				rc, err := img.Blob(b.Context(), desc)
+				if err != nil {
+					b.Fatal(err)
+				}
+				if _, err := io.Copy(io.Discard, rc); err != nil {
+					b.Fatal(err)
+				}
+				rc.Close()
+				b.StopTimer()
+				os.RemoveAll(ref.Path)
+				os.RemoveAll(filepath.Join(dir, "sha256"))
+				b.StartTimer()
+			}
+		})
 	}
 }

@@ -234,16 +234,29 @@ func TestArchiveBytes(t *testing.T) {
 	}
 }
 
+// TestUnpackLimit: a layer that unpacks without end stops at the limit, one that just
+// reaches it does not.
+func TestUnpackLimit(t *testing.T) {
+	m := ociImage(t)
+	size := int64(len(layerTar("a", 100_001)))
+	dir := t.TempDir()
+	for limit, want := range map[int64]error{size - 1: registry.ErrInvalid, 1 << 20: nil} {
+		err := write(mustRef(t, "docker-archive:%s/a.tar", dir), m, &registry.Options{MaxUnpacked: limit})
+		if !errors.Is(err, want) {
+			t.Errorf("limit %d: got %v, want %v", limit, err, want)
+		}
+	}
+}
+
 // TestDockerArchiveRefuses: what the form cannot hold.
 func TestDockerArchiveRefuses(t *testing.T) {
 	m := ociImage(t)
 	// A config that does not fit the layers.
 	forged := *m
-	config := bytes.Replace(m.blobs[m.manifest.Config.Digest], []byte("sha256:"), []byte("sha256:"), 1)
+	config := bytes.Clone(m.blobs[m.manifest.Config.Digest])
 	i := bytes.Index(config, []byte("sha256:")) + len("sha256:")
-	config[i] = "10"[config[i]&1^1]
-	if bytes.Equal(config, m.blobs[m.manifest.Config.Digest]) {
-		config[i] = "01"[config[i]&1^1]
+	if config[i]++; config[i] == '9'+1 || config[i] == 'f'+1 {
+		config[i] = '0'
 	}
 	forged.manifest.Config = describe(config, m.manifest.Config.MediaType)
 	forged.blobs = map[v1.Hash][]byte{forged.manifest.Config.Digest: config}
