@@ -256,13 +256,14 @@ func (b *builder) finish() (*tree.Tree, []string) {
 		delete(m.dir.Dir, m.name)
 	}
 	for _, m := range b.whiteouts {
-		// A name that is both deleted and listed is new: nothing shines through
-		// from below.
+		// A name that is both deleted and listed is new: neither content nor
+		// metadata shines through from below.
 		switch n := m.dir.Dir[m.name]; {
 		case n == nil:
 			m.dir.Dir[m.name] = tree.NewWhiteout()
 		case n.IsDir():
 			b.opaque = append(b.opaque, n)
+			n.Implied = false
 		}
 	}
 	for _, dir := range b.opaque {
@@ -283,17 +284,17 @@ func (b *builder) finish() (*tree.Tree, []string) {
 			return nil
 		})
 		if dirs.n > 0 {
-			warnings = append(warnings, fmt.Sprintf("%d parent directories are not in the layer, first %q: made as root:root 0755 where no lower layer has them", dirs.n, dirs.what))
+			warnings = append(warnings, fmt.Sprintf("parent directories that the layer does not list: %d, first %q; made root:root 0755 where no lower layer has them", dirs.n, dirs.what))
 		}
 	}
 	if b.overlay.n > 0 {
-		warnings = append(warnings, fmt.Sprintf("%d overlayfs xattrs dropped, first %s: a layer may not steer overlayfs", b.overlay.n, b.overlay.what))
+		warnings = append(warnings, fmt.Sprintf("xattrs of overlayfs dropped: %d, first %s; a layer may not steer overlayfs", b.overlay.n, b.overlay.what))
 	}
 	if b.devices.n > 0 {
-		warnings = append(warnings, fmt.Sprintf("%d character devices 0:0, first %q: they delete their names, as overlayfs sees them", b.devices.n, b.devices.what))
+		warnings = append(warnings, fmt.Sprintf("character devices 0:0: %d, first %q; they delete what has their names in lower layers, as overlayfs sees them", b.devices.n, b.devices.what))
 	}
 	if b.global.n > 0 {
-		warnings = append(warnings, fmt.Sprintf("%d PAX global headers ignored, first %s", b.global.n, b.global.what))
+		warnings = append(warnings, fmt.Sprintf("PAX global headers ignored: %d, first %s", b.global.n, b.global.what))
 	}
 	return t, warnings
 }

@@ -64,7 +64,7 @@ func TestTree(t *testing.T) {
 		{"trailing slash of a file", tarOf(file("a", "1"), symlink("b/", "a")), "/(implied) /a=1 /b->a", ""},
 		{"inline limit", tarOf(file("a", strings.Repeat("x", 64)), file("b", strings.Repeat("x", 65))), "/(implied) /a=" + strings.Repeat("x", 64) + " /b=<65>", ""},
 
-		{"implied parents", tarOf(file("a/b/c", "1"), file("a/d/e", "1")), "/(implied) /a(implied) /a/b(implied) /a/b/c=1 /a/d(implied) /a/d/e=1", `3 parent directories are not in the layer, first "/a"`},
+		{"implied parents", tarOf(file("a/b/c", "1"), file("a/d/e", "1")), "/(implied) /a(implied) /a/b(implied) /a/b/c=1 /a/d(implied) /a/d/e=1", `parent directories that the layer does not list: 3, first "/a"`},
 		{"late parents", tarOf(file("a/b", "1"), dir("a")), "/(implied) /a /a/b=1", ""},
 		{"links out of the tree", tarOf(symlink("a", "../../../etc/passwd"), symlink("b", "/etc/passwd")), "/(implied) /a->../../../etc/passwd /b->/etc/passwd", ""},
 
@@ -84,16 +84,17 @@ func TestTree(t *testing.T) {
 		{"whiteout after its file", tarOf(file("a", "1"), file(".wh.a", "")), "/(implied) /a=1", ""},
 		{"whiteout before its directory", tarOf(file(".wh.a", ""), dir("a"), file("a/b", "1")), "/(implied) /a(opaque) /a/b=1", ""},
 		{"whiteout after its directory", tarOf(dir("a"), file("a/b", "1"), file(".wh.a", "")), "/(implied) /a(opaque) /a/b=1", ""},
+		{"whiteout of a directory that is not listed", tarOf(file(".wh.a", ""), file("a/b", "1")), "/(implied) /a(opaque) /a/b=1", ""},
 		{"opaque first", tarOf(dir("a"), file("a/.wh..wh..opq", ""), file("a/b", "1")), "/(implied) /a(opaque) /a/b=1", ""},
 		{"opaque last", tarOf(file("a/b", "1"), file("a/.wh..wh..opq", ""), dir("a")), "/(implied) /a(opaque) /a/b=1", ""},
 		{"opaque root", tarOf(file(".wh..wh..opq", ""), file("b", "1")), "/(opaque)(implied) /b=1", ""},
 		{"opaque and whiteout", tarOf(dir("a"), file("a/.wh.b", ""), file("a/.wh..wh..opq", "")), "/(implied) /a(opaque) /a/b(whiteout)", ""},
-		{"AUFS bookkeeping", tarOf(file(".wh..wh.aufs", "x"), dir(".wh..wh.plnk/"), file(".wh..wh.plnk/1.2", "data"), link("a", ".wh..wh.plnk/1.2"), file("b/.wh..wh.x/.wh.y", "")), "/(implied) /a=data /b(implied)", `1 parent directories are not in the layer, first "/b"`},
-		{"device 0:0", tarOf(xattr(char("a", 0, 0), "user.a", "1"), link("b", "a")), "/(implied) /a(whiteout) /b(whiteout)", `1 character devices 0:0, first "/a"`},
+		{"AUFS bookkeeping", tarOf(file(".wh..wh.aufs", "x"), dir(".wh..wh.plnk/"), file(".wh..wh.plnk/1.2", "data"), link("a", ".wh..wh.plnk/1.2"), file("b/.wh..wh.x/.wh.y", "")), "/(implied) /a=data /b(implied)", `parent directories that the layer does not list: 1, first "/b"`},
+		{"device 0:0", tarOf(xattr(char("a", 0, 0), "user.a", "1"), link("b", "a")), "/(implied) /a(whiteout) /b(whiteout)", `character devices 0:0: 1, first "/a"`},
 
-		{"overlay xattrs", tarOf(xattr(xattr(xattr(dir("a"), "trusted.overlay.opaque", "y"), "user.overlay.redirect", "/x"), "user.overlayfs", "kept")), "/(implied) /a", `2 overlayfs xattrs dropped, first "trusted.overlay.opaque" of "/a"`},
+		{"overlay xattrs", tarOf(xattr(xattr(xattr(dir("a"), "trusted.overlay.opaque", "y"), "user.overlay.redirect", "/x"), "user.overlayfs", "kept")), "/(implied) /a", `xattrs of overlayfs dropped: 2, first "trusted.overlay.opaque" of "/a"`},
 		{"global header", tarOf(global(map[string]string{"comment": "c"}), file("a", "1")), "/(implied) /a=1", ""},
-		{"global header with a meaning", tarOf(global(map[string]string{"path": "b"}), file("a", "1")), "/(implied) /a=1", "1 PAX global headers ignored"},
+		{"global header with a meaning", tarOf(global(map[string]string{"path": "b"}), file("a", "1")), "/(implied) /a=1", "PAX global headers ignored: 1"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			res, _ := readAll(t, c.in, c.in)

@@ -3,7 +3,6 @@ package layer
 import (
 	"archive/tar"
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -342,13 +341,5 @@ func TestAbsurdSizes(t *testing.T) {
 				t.Errorf("%q, type %q: got %v", size, typ, err)
 			}
 		}
-	}
-}
-
-func TestCancel(t *testing.T) {
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	if _, err := Read(ctx, bytes.NewReader(sample()), newMemory(), nil, Options{}); !errors.Is(err, context.Canceled) {
-		t.Errorf("got %v", err)
 	}
 }

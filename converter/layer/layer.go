@@ -161,8 +161,9 @@ type Result struct {
 // packs it, for the stream, and another one as the file reads, for the tree.
 //
 // Memory is about 32 MiB and the tree, plus the window of zstd (at most 128 MiB).
-// When Read has returned, nothing reads from r any more; an error may leave objects
-// behind that nothing refers to.
+// When Read has returned, nothing reads from r any more: when ctx is done it waits
+// for the one call of r.Read that is under way. An error may leave objects behind
+// that nothing refers to.
 func Read(ctx context.Context, r io.Reader, objects Objects, rec Recorder, opts Options) (Result, error) {
 	if opts.DiffID != "" && !validDiffID(opts.DiffID) {
 		return Result{}, fmt.Errorf("%w: want %q, which is not a sha256 digest", ErrDiffID, opts.DiffID)

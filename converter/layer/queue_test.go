@@ -167,7 +167,7 @@ func TestStorageFails(t *testing.T) {
 }
 
 // endless gives a tar of n files of the given size without having it in memory.
-func endless(n int, size int64) io.Reader {
+func endless(n int, size int64) *io.PipeReader {
 	r, w := io.Pipe()
 	go func() {
 		tw := tar.NewWriter(w)
@@ -189,7 +189,6 @@ func endless(n int, size int64) io.Reader {
 
 // watched is a Recorder that looks at the heap from time to time.
 type watched struct {
-	recorded
 	calls int
 	most  uint64
 }
@@ -252,4 +251,32 @@ func TestLargeSparse(t *testing.T) {
 	if err := failing(t, in, Options{MaxSize: 1 << 30}); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("got %v", err)
 	}
+}
+
+// cancelling is a Recorder that ends the context.
+type cancelling struct {
+	recorded
+	cancel func()
+}
+
+func (c *cancelling) Object(d fsverity.Digest, size int64) error {
+	c.cancel()
+	return nil
+}
+
+func TestCancel(t *testing.T) {
+	ctx, cancel := context.WithCancel(context.Background())
+	for _, size := range []int64{1000, 1 << 20, 10 << 20, 1 << 40} {
+		in := endless(1<<30, size)
+		if size == 1<<40 {
+			cancel() // before the start: no object of this size is ever recorded
+		}
+		_, err := Read(ctx, in, Discard(fsverity.SHA256), &cancelling{cancel: cancel}, Options{MaxSize: -1})
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("files of %d bytes: got %v", size, err)
+		}
+		in.Close() // ends the writer
+		ctx, cancel = context.WithCancel(context.Background())
+	}
+	cancel()
 }
