@@ -108,8 +108,7 @@ func (m mmdebstrap) install(ctx context.Context, o *bootstrapOptions, tar string
 // run runs mmdebstrap with what all runs share and returns what its hooks reported.
 // What it prints is shown when it fails.
 func (m mmdebstrap) run(ctx context.Context, o bootstrapOptions, epoch string, args ...string) ([]byte, error) {
-	// What a power cut leaves of an unfinished tree is of no use: dpkg need not sync.
-	shared := []string{"--architectures=" + o.arch, "--dpkgopt=force-unsafe-io"}
+	shared := []string{"--architectures=" + o.arch}
 	if len(o.components) > 0 {
 		shared = append(shared, "--components="+strings.Join(o.components, ","))
 	}
@@ -138,7 +137,7 @@ func (m mmdebstrap) run(ctx context.Context, o bootstrapOptions, epoch string, a
 	cmd.ExtraFiles = []*os.File{hooksEnd} // file descriptor 3
 	log := &tail{max: 64 << 10}
 	cmd.Stdout, cmd.Stderr = log, log
-	if err := cmd.Start(); err != nil {
+	if err := startUnsynced(cmd); err != nil {
 		hooksEnd.Close()
 		return nil, err
 	}
