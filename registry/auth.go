@@ -149,19 +149,16 @@ func (f *authFile) find(ctx context.Context, res authn.Resource) (authn.Authenti
 		}
 		key = key[:i]
 	}
-	// Docker's keys may be URLs: https://index.docker.io/v1/, https://HOST. They are
-	// looked through in order, so that the same one is found every time.
+	// Docker's keys may be URLs, of which the host alone counts, and docker.io has
+	// several names. They are looked through in order, so that the same one is found
+	// every time.
 	for _, key := range slices.Sorted(maps.Keys(f.Auths)) {
-		bare := strings.TrimPrefix(strings.TrimPrefix(key, "https://"), "http://")
-		if bare == key && host != "docker.io" {
-			continue
+		name := key
+		if scheme, rest, ok := strings.Cut(key, "://"); ok && (scheme == "https" || scheme == "http") {
+			name, _, _ = strings.Cut(rest, "/")
 		}
-		bare, _, _ = strings.Cut(bare, "/")
-		for _, h := range hostKeys(host) {
-			h, _, _ = strings.Cut(strings.TrimPrefix(h, "https://"), "/")
-			if e := f.Auths[key]; bare == h && e != (authEntry{}) {
-				return e.authenticator(key)
-			}
+		if e := f.Auths[key]; slices.Contains(hostKeys(host), name) && e != (authEntry{}) {
+			return e.authenticator(key)
 		}
 	}
 	if f.CredsStore != "" {

@@ -19,6 +19,7 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/klauspost/compress/zstd"
 
 	"github.com/particle-os/particle/registry"
 )
@@ -55,6 +56,15 @@ func gzipped(b []byte) []byte {
 	zw.Write(b)
 	zw.Close()
 	return out.Bytes()
+}
+
+func zstandard(t testing.TB, b []byte) []byte {
+	t.Helper()
+	zw, err := zstd.NewWriter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return zw.EncodeAll(b, nil)
 }
 
 // newImage makes an image of layers, each with its media type.

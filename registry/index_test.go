@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -101,6 +103,58 @@ func TestIndex(t *testing.T) {
 		if strings.Contains(fmt.Sprint(err), "unknown/unknown") {
 			t.Errorf("%s: %v offers what is no image", c.tag, err)
 		}
+	}
+}
+
+// TestLayoutIndex: an index behind a tag of a layout, and an index.json that is itself
+// the choice of platforms, in a directory and in archives of all compressions.
+func TestLayoutIndex(t *testing.T) {
+	dir := t.TempDir()
+	layout := filepath.Join(dir, "l")
+	var list []v1.Descriptor
+	images := map[string]*image{}
+	for _, arch := range []string{"amd64", "arm64"} {
+		m := plainImage(t, arch)
+		mustWrite(t, mustRef(t, "oci:%s:%s", layout, arch), m, nil)
+		d := describe(m.raw, m.mediaType)
+		d.Platform = &v1.Platform{OS: "linux", Architecture: arch}
+		images[arch], list = m, append(list, d)
+	}
+	index := jsonOf(t, v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex, Manifests: list})
+	desc := describe(index, types.OCIImageIndex)
+	writeFile(t, filepath.Join(layout, "blobs/sha256", desc.Digest.Hex), string(index), 0o600)
+	desc.Annotations = map[string]string{"org.opencontainers.image.ref.name": "all"}
+	check := func(what string, ref registry.Ref) {
+		t.Helper()
+		for arch, m := range images {
+			same(t, what, readImage(t, ref, &registry.Options{Platform: "linux/" + arch}), m)
+		}
+		if _, err := registry.Open(t.Context(), ref, &registry.Options{Platform: "linux/s390x"}); !errors.Is(err, registry.ErrPlatform) {
+			t.Errorf("%s: got %v, want ErrPlatform", what, err)
+		}
+	}
+	writeFile(t, filepath.Join(layout, "index.json"), string(jsonOf(t, v1.IndexManifest{SchemaVersion: 2, Manifests: []v1.Descriptor{desc}})), 0o600)
+	check("index behind a tag", mustRef(t, "oci:%s:all", layout))
+	check("the only index", mustRef(t, "oci:%s", layout))
+
+	writeFile(t, filepath.Join(layout, "index.json"), string(index), 0o600)
+	check("index.json", mustRef(t, "oci:%s", layout))
+	var entries []entry
+	for _, name := range listing(t, layout) {
+		if b, err := os.ReadFile(filepath.Join(layout, name)); err == nil {
+			entries = append(entries, regular("./"+name, b))
+		}
+	}
+	raw := makeTar(t, entries...)
+	for name, b := range map[string][]byte{"tar": raw, "gzip": gzipped(raw), "zstd": zstandard(t, raw)} {
+		file := filepath.Join(dir, name)
+		writeFile(t, file, string(b), 0o600)
+		check(name, mustRef(t, "oci-archive:%s", file))
+	}
+	list[1].Digest = describe([]byte("gone"), "").Digest
+	writeFile(t, filepath.Join(layout, "index.json"), string(jsonOf(t, v1.IndexManifest{SchemaVersion: 2, Manifests: list})), 0o600)
+	if _, err := registry.Open(t.Context(), mustRef(t, "oci:%s", layout), &registry.Options{Platform: "linux/arm64"}); !errors.Is(err, registry.ErrNotFound) {
+		t.Errorf("a manifest that is gone: got %v, want ErrNotFound", err)
 	}
 }
 

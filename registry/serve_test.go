@@ -88,12 +88,20 @@ func TestUploads(t *testing.T) {
 			if resp, _ := do(t, "DELETE", base+resp.Header.Get("Location"), nil); resp.StatusCode != 204 {
 				t.Errorf("%s: DELETE: %s", name, resp.Status)
 			}
+			if ref, err := s.Ref("a/b", "c"); err != nil || ref.String() != "docker://"+s.Addr()+"/a/b:c" {
+				t.Errorf("Ref is %v, %v", ref, err)
+			}
 			if dir != "" {
 				if got := strings.Join(listing(t, dir), " "); got != "sha256 "+filepath.Join("sha256", digest[7:]) {
 					t.Errorf("%s: the directory holds %q", name, got)
 				}
 			}
-			os.RemoveAll(filepath.Join(dir, "sha256"))
+			if resp, _ := do(t, "DELETE", base+"/v2/x/blobs/"+digest, nil); resp.StatusCode != 202 {
+				t.Errorf("%s: deleting the blob: %s", name, resp.Status)
+			}
+			if resp, _ := do(t, "GET", base+"/v2/x/blobs/"+digest, nil); resp.StatusCode != 404 {
+				t.Errorf("%s: the deleted blob: %s, want 404", name, resp.Status)
+			}
 		}
 	}
 }
