@@ -34,11 +34,35 @@ func ConvertTar(ctx context.Context, r io.Reader, st *store.Store, o Options) (*
 			stream.Abort()
 			return nil, err
 		}
+		if transport := imageArchive(res.Tree); transport != "" {
+			stream.Abort()
+			return nil, &ArchiveError{transport}
+		}
 		for _, w := range res.Warnings {
 			o.Warn("%s", w)
 		}
 		return closeLayer(stream, res.DiffID, res.Size, tree.Merge(tree.New(), res.Tree))
 	})
+}
+
+// An ArchiveError says that a tar holds an image, with layers and all, where a root
+// file system was wanted.
+type ArchiveError struct{ Transport string } // "oci-archive" or "docker-archive"
+
+func (e *ArchiveError) Error() string {
+	return "this is an " + e.Transport + " of an image, not a root file system"
+}
+
+// imageArchive tells which archive of an image a tar's tree looks like, "" if none.
+func imageArchive(t *tree.Tree) string {
+	has := func(name string) bool { n := t.Root.Dir[name]; return n != nil && n.IsRegular() }
+	switch {
+	case has("oci-layout") && has("index.json"):
+		return "oci-archive"
+	case has("manifest.json") && t.Root.Dir["usr"] == nil && t.Root.Dir["etc"] == nil:
+		return "docker-archive"
+	}
+	return ""
 }
 
 // ConvertDir brings a directory into the store as an image of one layer. Sockets
