@@ -188,6 +188,9 @@ func (b *builder) dir(path string, in, parent *inode) error {
 	}
 	names := append(b.names[:0], ".", "..")
 	for name := range n.Dir {
+		if err := tree.CheckName(name); err != nil {
+			return fmt.Errorf("%w: in %q: %w", ErrTree, path, err)
+		}
 		names = append(names, name)
 	}
 	isRoot := in == parent
@@ -221,9 +224,6 @@ func (b *builder) dir(path string, in, parent *inode) error {
 			e.child = b.newInode(stub)
 			e.child.xattrs = b.intern(e.child.xattrs, b.plain(stub))
 		case child.IsDir():
-			if err := tree.CheckName(e.name); err != nil {
-				return fmt.Errorf("%w: in %q: %w", ErrTree, path, err)
-			}
 			in.nlink++
 			e.owner = true
 			e.child = b.newInode(child)
@@ -272,9 +272,6 @@ func (b *builder) newStub(root *tree.Node, isRoot bool) *tree.Node {
 
 // file fills in the entry of what is not a directory.
 func (b *builder) file(path string, dir, n *tree.Node, e *dirent) error {
-	if err := tree.CheckName(e.name); err != nil {
-		return fmt.Errorf("%w: in %q: %w", ErrTree, path, err)
-	}
 	in, known := b.files[n]
 	e.owner = !known
 	if b.owners != nil {

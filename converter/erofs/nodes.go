@@ -173,7 +173,7 @@ func unescape(list []xattrID, regular bool) (o overlay, rest []xattrID, err erro
 		case x.name == attrRedirect:
 			o.redirect = true
 			o.path = strings.TrimPrefix(x.value, "/")
-			if o.path == "" || len(o.path) > tree.MaxTarget || strings.IndexByte(o.path, 0) >= 0 {
+			if o.path == "" || strings.IndexByte(o.path, 0) >= 0 {
 				return o, nil, fmt.Errorf("%w: redirect to %.100q", ErrCorrupt, x.value)
 			}
 		case x.name == attrWhiteout && regular:
@@ -223,9 +223,9 @@ func (r *reader) openDir(d *dir) error {
 	return nil
 }
 
-func (r *reader) closeDir(d *dir) {
+func (r *reader) closeDir(d *dir) error {
 	if d.node == nil {
-		return
+		return nil
 	}
 	if d.whiteouts && r.Version < 2 {
 		d.xattrs = slices.DeleteFunc(d.xattrs, func(x xattrID) bool {
@@ -239,6 +239,15 @@ func (r *reader) closeDir(d *dir) {
 		})
 	}
 	d.node.Xattrs = r.attrs(d.xattrs)
+	return r.check(d.node)
+}
+
+// check makes sure that a node which was read can be written.
+func (r *reader) check(n *tree.Node) error {
+	if err := check(n); err != nil {
+		return fmt.Errorf("%w: %w", ErrCorrupt, err)
+	}
+	return nil
 }
 
 // file reads what is not a directory. It returns nil for what a tree does not show,
@@ -288,7 +297,7 @@ func (r *reader) file(in *rawInode) (*tree.Node, error) {
 	if r.view != nil {
 		r.view.add(n, 0, shown)
 	}
-	return n, nil
+	return n, r.check(n)
 }
 
 func (o *overlay) collect(objects map[fsverity.Digest]bool) {
@@ -339,9 +348,6 @@ func (r *reader) symlink(n *tree.Node, in *rawInode) error {
 		return err
 	}
 	n.Target = string(b)
-	if n.Target == "" || strings.IndexByte(n.Target, 0) >= 0 {
-		return fmt.Errorf("%w: symbolic link to %q", ErrCorrupt, n.Target)
-	}
 	return nil
 }
 

@@ -304,8 +304,7 @@ func (r *reader) dir(d *dir) (subdirs []*dir, err error) {
 	if seen != 2 {
 		return nil, fmt.Errorf("%w: directory without \".\" or \"..\"", ErrCorrupt)
 	}
-	r.closeDir(d)
-	return subdirs, nil
+	return subdirs, r.closeDir(d)
 }
 
 // direntsIn calls fn for the entries in a block of a directory (struct erofs_dirent).

@@ -29,9 +29,6 @@ func Write(w io.Writer, t *tree.Tree, o Options) error {
 	if size>>blockBits > math.MaxUint32 {
 		return fmt.Errorf("writing image: %w: an image of %d bytes has too many blocks", ErrTree, size)
 	}
-	if table.inodes[0].nid > math.MaxUint16-1 {
-		return fmt.Errorf("writing image: %w: the root has too many xattrs", ErrTree)
-	}
 	e.w = bufio.NewWriterSize(w, 128<<10)
 	e.run()
 	if e.err == nil {
