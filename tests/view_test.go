@@ -21,7 +21,7 @@ printf x >"$(printf 'non\377utf8')"; printf x >"$(printf 'new\nline')"; printf x
 truncate -s 10M sparse; printf end >>sparse
 printf suid >suid; chmod 4755 suid; printf none >none; chmod 0 none
 chown 70000:4294967294 dir/sub; touch -d '2001-02-03 04:05:06.789012345 UTC' inline; touch -d '1969-12-31 23:59:58 UTC' object
-touch -h -d '2002-02-02 UTC' dangling
+touch -h -d '1965-02-02 UTC' dangling
 setfattr -n user.note -v value small; setfattr -n user.empty empty; setfattr -n user.binary -v 0x00ff0a large
 setfattr -n security.capability -v 0x0100000200040000000000000000000000000000 suid
 setfacl -m u:12:rw none || true

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"math"
 	"strings"
+	"time"
 
 	"github.com/particle-os/particle/converter/tree"
 )
@@ -385,6 +386,19 @@ func (b *builder) node(hdr *tar.Header, path string) (*tree.Node, error) {
 	return n, b.stat(n, hdr, path)
 }
 
+// lastMtime is the last second that podman sets a file to: 2^63-1 ns after 1970.
+const lastMtime = 9223372036
+
+// mtime returns a time as an inode has it after podman extracted the layer: times
+// before 1970 or after 2262 become 1970, but not those of symbolic links (Chtimes and
+// LUtimesNano in containers/storage).
+func mtime(n *tree.Node, t time.Time) (sec int64, nsec uint32) {
+	if sec := t.Unix(); n.Type() != tree.TypeSymlink && (sec < 0 || sec > lastMtime) {
+		return 0, 0
+	}
+	return t.Unix(), uint32(t.Nanosecond())
+}
+
 // stat sets all of n.Stat but the type.
 func (b *builder) stat(n *tree.Node, hdr *tar.Header, path string) error {
 	// Some writers put the type into the mode field too; the typeflag counts.
@@ -403,7 +417,7 @@ func (b *builder) stat(n *tree.Node, hdr *tar.Header, path string) error {
 		}
 		*id.to = uint32(id.got)
 	}
-	n.MtimeSec, n.MtimeNsec = hdr.ModTime.Unix(), uint32(hdr.ModTime.Nanosecond())
+	n.MtimeSec, n.MtimeNsec = mtime(n, hdr.ModTime)
 
 	xattrs, err := xattrsOf(hdr.PAXRecords)
 	if err != nil {

@@ -112,7 +112,7 @@ func TestWriteSocketsAndHoles(t *testing.T) {
 	tr := tree.New()
 	tr.Root.Dir["s"] = &tree.Node{Stat: tree.Stat{Mode: tree.TypeSocket}}
 	tr.Root.Dir["h"] = &tree.Node{Stat: tree.Stat{Mode: tree.TypeRegular}, File: &tree.File{Size: 200_000}}
-	tr.Root.Dir["y1"] = &tree.Node{Stat: tree.Stat{Mode: tree.TypeFIFO, MtimeSec: -62135596800}} // the zero time.Time
+	tr.Root.Dir["y1"] = &tree.Node{Target: "x", Stat: tree.Stat{Mode: tree.TypeSymlink | 0o777, MtimeSec: -62135596800}} // the zero time.Time
 	var warnings []string
 	var buf bytes.Buffer
 	if err := WriteTar(context.Background(), &buf, tr, nil, WriteOptions{Warn: func(s string) { warnings = append(warnings, s) }}); err != nil {

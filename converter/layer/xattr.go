@@ -23,6 +23,9 @@ const (
 func xattrsOf(records map[string]string) (map[string]string, error) {
 	var xattrs map[string]string
 	add := func(key, value string) {
+		if value == "" {
+			return // a record without a value is none (POSIX pax), and podman agrees
+		}
 		if xattrs == nil {
 			xattrs = make(map[string]string)
 		}
