@@ -82,7 +82,8 @@ func parseHead(b []byte) (head, error) {
 
 // Read reads an image of the given size in bytes and undoes what Write adds: the
 // names that hide the object store, escaped whiteouts and xattrs, and the xattrs
-// that stand for objects.
+// that stand for objects. Written in the image's format, the tree gives the same image
+// again, unless that has sizes on devices (see [tree.Node]): they are not in images.
 //
 // The image may be anybody's: memory stays within a small multiple of its size, and
 // what a reader of the tree could not bear (directories within themselves or with a
