@@ -64,7 +64,7 @@ func TestStream(t *testing.T) {
 			"long inline":  {[]piece{{inline: big}, {inline: "obj", size: 3}, {inline: big[1:]}, {inline: big[2:]}}, []piece{{inline: big}, {inline: "obj", size: 3}, {inline: big[1:] + big[2:]}}},
 		} {
 			t.Run(alg.String()+" "+name, func(t *testing.T) {
-				s := newStore(t, alg)
+				s := memStore(t, alg)
 				var digests []fsverity.Digest
 				var total int64
 				for range 2 {
@@ -121,7 +121,7 @@ func TestStream(t *testing.T) {
 }
 
 func TestStreamRefs(t *testing.T) {
-	s := newStore(t, 0)
+	s := memStore(t, 0)
 	txn := begin(t, s)
 	a, b := put(t, txn, []byte("a")), put(t, txn, []byte("b"))
 	write := func(names ...string) fsverity.Digest {
