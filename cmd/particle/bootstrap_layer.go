@@ -149,6 +149,9 @@ func normalHeader(h *tar.Header, name string, root *installedRoot, epoch int64) 
 	case tar.TypeLink:
 		out.Linkname = strings.TrimPrefix(path.Clean("/"+h.Linkname), "/")
 	}
+	if aptPartial[name] {
+		out.Uid, out.Gid = 0, 0
+	}
 	mtime := h.ModTime.Unix()
 	if packaged, ok := root.times[name]; ok {
 		mtime = packaged
@@ -165,6 +168,15 @@ func normalHeader(h *tar.Header, name string, root *installedRoot, epoch int64) 
 		}
 	}
 	return out
+}
+
+// aptPartial are directories that belong to root in the package apt. apt gives them
+// to its user _apt when it downloads as that user, which it cannot where TMPDIR lies
+// below a directory of root's alone: who owns them would tell where the system was
+// installed. The next apt gives them away again.
+var aptPartial = map[string]bool{
+	"var/cache/apt/archives/partial": true,
+	"var/lib/apt/lists/partial":      true,
 }
 
 // scrubRules name what an image must not carry, by path patterns of [path.Match].

@@ -21,9 +21,11 @@ var auditArch = map[string]uint32{
 }
 
 // startUnsynced starts a command for which, and for all whose children, fsync(2) and
-// its relatives succeed and do nothing. dpkg calls them a few thousand times a system,
-// to survive a power cut; a tree that is packed and removed a minute later need not,
-// and on a busy disk they are most of the time.
+// its relatives succeed and do nothing. dpkg and apt call them some 5,700 times a
+// minimal system, to survive a power cut; a tree that is packed and removed a minute
+// later need not. On an idle machine that made no difference (16 s with and without);
+// on one where others kept processors and disk busy, two pairs of runs took 97 and
+// 111 s without and 53 and 47 s with it.
 //
 // Only root may do so without giving up set-user-ID programs, which unprivileged
 // namespaces need; for others, and where the kernel has no seccomp, the command is
