@@ -32,14 +32,31 @@ var fieldNames = [numFields]string{
 
 // An entry is a line that has been read but has no place in a tree yet.
 type entry struct {
-	path []byte // canonical: one slash before each element, "/" for the root
-	// name is the last element; it is nameEnd-nameStart bytes in the names of its
-	// chunk until all of the chunk has been read.
-	name               string
-	nameStart, nameEnd int
-	node               *tree.Node
-	target             string // of a hard link, whose node stands for it until then
-	isLink             bool
+	path   []byte // canonical: one slash before each element, "/" for the root
+	name   string // its last element
+	node   *tree.Node
+	target string // of a hard link, whose node stands for it until then
+	isLink bool
+
+	// The name, and what the node has as Target or Payload, in the text that the
+	// parser keeps of a chunk. The strings are made when all of it has been read.
+	keptName, keptText span
+}
+
+// A span is a part of a text.
+type span struct{ start, end int32 }
+
+// finish makes the strings of an entry from the text that was kept.
+func (e *entry) finish(kept string) {
+	e.name = kept[e.keptName.start:e.keptName.end]
+	text := kept[e.keptText.start:e.keptText.end]
+	switch {
+	case text == "":
+	case e.node.Type() == tree.TypeSymlink:
+		e.node.Target = text
+	case text != e.node.File.Object.Path():
+		e.node.File.Payload = text
+	}
 }
 
 // dir returns the path of the directory that the entry belongs to.
@@ -54,7 +71,7 @@ func (e *entry) dir() []byte {
 // A lineParser reads lines one after another; it keeps what many lines share.
 type lineParser struct {
 	strict bool
-	names  strings.Builder // of the entries of the present chunk
+	kept   []byte // of the present chunk
 	buf    []byte
 
 	// Files of an image have few different sets of xattrs: by the text of a line's
@@ -69,6 +86,13 @@ const (
 	maxCachedXattrs = 4096
 	slab            = 256
 )
+
+// keep adds to the text that is kept.
+func (p *lineParser) keep(s []byte) span {
+	start := len(p.kept)
+	p.kept = append(p.kept, s...)
+	return span{int32(start), int32(len(p.kept))}
+}
 
 func (p *lineParser) newNode() *tree.Node {
 	if len(p.nodes) == 0 {
@@ -131,7 +155,7 @@ func (p *lineParser) parse(line []byte, e *entry) *LineError {
 	if err := p.stat(&f, n); err != nil {
 		return err
 	}
-	if err := p.body(&f, n); err != nil {
+	if err := p.body(&f, e); err != nil {
 		return err
 	}
 	return p.parseXattrs(rest, n)
@@ -172,9 +196,7 @@ func (p *lineParser) path(field []byte, e *entry) *LineError {
 		}
 		return fail(kind, "path %.300q: %v", path, err)
 	}
-	e.nameStart = p.names.Len()
-	p.names.Write(name)
-	e.nameEnd = p.names.Len()
+	e.keptName = p.keep(name)
 	return nil
 }
 
@@ -273,13 +295,14 @@ func (p *lineParser) stat(f *[numFields][]byte, n *tree.Node) *LineError {
 }
 
 // body reads the fields whose meaning depends on the type.
-func (p *lineParser) body(f *[numFields][]byte, n *tree.Node) *LineError {
+func (p *lineParser) body(f *[numFields][]byte, e *entry) *LineError {
+	n := e.node
 	size, err := number(f[fieldSize], fieldSize, 10, math.MaxUint64)
 	if err != nil {
 		return err
 	}
 	// Payload and content are used one after the other: both may lie in p.buf.
-	payload, hasPayload, err := p.optional(f[fieldPayload])
+	payload, _, err := p.optional(f[fieldPayload])
 	if err != nil {
 		return err
 	}
@@ -290,16 +313,15 @@ func (p *lineParser) body(f *[numFields][]byte, n *tree.Node) *LineError {
 	case bytes.IndexByte(payload, 0) >= 0:
 		return fail(ErrSyntax, "payload %q contains NUL", payload)
 	}
-	var custom string // the payload of a regular file, unless its digest implies it
 	switch n.Type() {
 	case tree.TypeSymlink:
 		if payloadLen == 0 {
 			return fail(ErrSyntax, "symbolic link without a target")
 		}
-		n.Target = string(payload)
+		e.keptText = p.keep(payload)
 	case tree.TypeRegular:
 		if !isPathOf(payload, f[fieldDigest]) {
-			custom = string(payload)
+			e.keptText = p.keep(payload)
 		}
 	}
 
@@ -323,7 +345,12 @@ func (p *lineParser) body(f *[numFields][]byte, n *tree.Node) *LineError {
 	case tree.TypeSymlink:
 	case tree.TypeRegular:
 		n.File = p.newFile()
-		return p.file(n.File, size, content, f[fieldDigest], hasPayload && payloadLen > 0, custom)
+		if len(content) > 0 || size == 0 { // no image says more of such files
+			n.File.Inline, n.File.Size = bytes.Clone(content), int64(size)
+			e.keptText = span{}
+			return nil
+		}
+		return p.object(n.File, size, f[fieldDigest], payloadLen > 0)
 	default:
 		if size > math.MaxInt64 {
 			return fail(ErrLimit, "size %d is too large", size)
@@ -336,19 +363,12 @@ func (p *lineParser) body(f *[numFields][]byte, n *tree.Node) *LineError {
 	return nil
 }
 
-// file fills in a regular file. custom is its payload where the digest does not
-// imply that.
-func (p *lineParser) file(file *tree.File, size uint64, content, digest []byte, hasPayload bool, custom string) *LineError {
-	file.Size = int64(size)
-	switch {
-	case len(content) > 0:
-		file.Inline = bytes.Clone(content)
-		return nil
-	case size > MaxSize:
+// object fills in a regular file whose content is not in the dump.
+func (p *lineParser) object(file *tree.File, size uint64, digest []byte, hasPayload bool) *LineError {
+	if size > MaxSize {
 		return fail(ErrLimit, "size %d is too large: want at most %d", size, int64(MaxSize))
-	case size == 0:
-		return nil // no image says more of an empty file
 	}
+	file.Size = int64(size)
 	raw, hasDigest, err := p.optional(digest)
 	if err != nil {
 		return err
@@ -370,12 +390,9 @@ func (p *lineParser) file(file *tree.File, size uint64, content, digest []byte, 
 			return fail(ErrSyntax, "%v", err)
 		}
 		file.Object = d
-	}
-	switch {
-	case !hasPayload && hasDigest:
-		file.Payload = tree.NoPayload
-	case hasPayload && custom != "" && (!hasDigest || custom != file.Object.Path()):
-		file.Payload = custom
+		if !hasPayload {
+			file.Payload = tree.NoPayload
+		}
 	}
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"slices"
 	"strings"
 
 	"github.com/particle-os/particle/converter/tree"
@@ -118,8 +119,8 @@ func (c *chunk) fill(r io.Reader, rest []byte) ([]byte, error) {
 }
 
 func (c *chunk) parse(p *lineParser) {
-	p.names.Reset()
-	c.entries, c.err = c.entries[:0], nil
+	p.kept = p.kept[:0]
+	c.entries, c.err = slices.Grow(c.entries[:0], bytes.Count(c.text, []byte{'\n'})+1), nil
 	for text := c.text; len(text) > 0; {
 		i := bytes.IndexByte(text, '\n')
 		end := i + 1
@@ -141,10 +142,9 @@ func (c *chunk) parse(p *lineParser) {
 		}
 		text = text[end:]
 	}
-	names := p.names.String()
+	kept := string(p.kept)
 	for i := range c.entries {
-		e := &c.entries[i]
-		e.name = names[e.nameStart:e.nameEnd]
+		c.entries[i].finish(kept)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/particle-os/particle/converter/fsverity"
 	"github.com/particle-os/particle/converter/tree"
 )
 
@@ -28,34 +29,72 @@ type inode struct {
 // A dirent is an entry of a directory.
 type dirent struct {
 	name  string
+	node  *tree.Node // nil for "." and ".."
 	child *inode
 	owner bool // of a file with several names, only one entry is
 }
 
 // An xattr is a pair of name and value, which several inodes may have.
 type xattr struct {
-	id     xattrID
+	*xattrName
+	kind  valueKind
+	uses  int32
+	ref   uint32 // place among the shared xattrs, in units of 4 bytes
+	value string
+	file  *tree.File
+}
+
+// A valueKind says how to make a value. Those of objects are made when they are
+// written: most occur once, and together they are larger than the names of a tree.
+type valueKind uint8
+
+const (
+	literal  valueKind = iota // value
+	ofDigest                  // the digest of file
+	toObject                  // the path of file's object
+	toPath                    // value, a path
+)
+
+// An xattrName is a name in the form of the format.
+type xattrName struct {
+	name   string
 	index  uint8
 	suffix string
 	filter uint32
-	uses   int
-	pos    int64 // in the image, if it is shared
 }
-
-type xattrID struct{ name, value string }
 
 func (x *xattr) shared() bool { return x.uses > 1 }
 
 func (x *xattr) append(b []byte) []byte {
-	b = append(b, uint8(len(x.suffix)), x.index)
-	b = le.AppendUint16(b, uint16(len(x.id.value)))
+	head := len(b)
+	b = append(b, uint8(len(x.suffix)), x.index, 0, 0)
 	b = append(b, x.suffix...)
-	b = append(b, x.id.value...)
+	value := len(b)
+	b = x.appendValue(b)
+	le.PutUint16(b[head+2:], uint16(len(b)-value))
 	for len(b)%4 != 0 {
 		b = append(b, 0)
 	}
 	return b
 }
+
+func (x *xattr) appendValue(b []byte) []byte {
+	switch x.kind {
+	case toPath:
+		return append(append(b, '/'), x.value...)
+	case toObject:
+		return append(append(b, '/'), x.file.Object.Path()...)
+	case ofDigest:
+		// struct ovl_metacopy in fs/overlayfs/overlayfs.h of Linux
+		d := x.file.Object
+		b = append(b, 0, byte(4+d.Algorithm().Size()), 0, byte(d.Algorithm()))
+		return d.AppendTo(b)
+	}
+	return append(b, x.value...)
+}
+
+// An object is what the inodes of files with one digest have in common.
+type object struct{ metacopy, redirect *xattr }
 
 // An inodeTable is a tree as the inodes of an image.
 type inodeTable struct {
@@ -73,11 +112,21 @@ type builder struct {
 	files  map[*tree.Node]*inode
 	owners map[place]bool // of the files that tree.Tree.Owners names
 	named  map[*tree.Node]string
-	pool   []inode
-	names  []string // scratch
-	ids    []xattrID
-	xattrs map[xattrID]*xattr
+
+	names   map[string]*xattrName
+	xattrs  map[xattrID]*xattr
+	objects map[fsverity.Digest]object
+	paths   map[string]*xattr // redirects to paths that no digest implies
+
+	pool  []inode  // allocated ahead
+	lists []*xattr // the same, of which inodes have parts
+	room  []xattr  // the same
+	ids   []xattrID
+	stub  *tree.Node
 }
+
+// An xattrID is an xattr as it comes from a tree.
+type xattrID struct{ name, value string }
 
 // A place is a name in a directory.
 type place struct {
@@ -96,10 +145,14 @@ func newInodeTable(t *tree.Tree, o Options) (*inodeTable, error) {
 		return nil, err
 	}
 	b := builder{
-		files:  make(map[*tree.Node]*inode, c.nodes),
-		pool:   make([]inode, 1+c.nodes+256),
-		xattrs: make(map[xattrID]*xattr, c.objects),
-		named:  t.Owners,
+		files:   make(map[*tree.Node]*inode, c.nodes),
+		pool:    make([]inode, 1+c.nodes+256),
+		names:   map[string]*xattrName{},
+		xattrs:  map[xattrID]*xattr{},
+		objects: make(map[fsverity.Digest]object, c.objects),
+		paths:   make(map[string]*xattr, c.paths),
+		named:   t.Owners,
+		stub:    newStub(t.Root),
 	}
 	switch {
 	case o.Format == V1, o.Format == Auto && c.whiteouts:
@@ -122,9 +175,9 @@ func newInodeTable(t *tree.Tree, o Options) (*inodeTable, error) {
 
 // A census is taken before anything is allocated.
 type census struct {
-	nodes, objects int
-	whiteouts      bool
-	dirs           map[*tree.Node]bool
+	nodes, objects, paths int
+	whiteouts             bool
+	dirs                  map[*tree.Node]bool
 }
 
 func (c *census) count(path string, dir *tree.Node, depth int) error {
@@ -144,8 +197,13 @@ func (c *census) count(path string, dir *tree.Node, depth int) error {
 			if err := c.count(tree.Join(path, name), child, depth+1); err != nil {
 				return err
 			}
-		case child.IsRegular():
-			c.objects++
+		case child.IsRegular() && child.File != nil:
+			if !child.File.Object.IsZero() {
+				c.objects++
+			}
+			if len(child.File.Payload) > len(tree.NoPayload) {
+				c.paths++
+			}
 		case child.IsWhiteout():
 			c.whiteouts = true
 		}
@@ -186,43 +244,34 @@ func (b *builder) dir(path string, in, parent *inode) error {
 	if err := check(n); err != nil {
 		return fmt.Errorf("%w: %q: %w", ErrTree, path, err)
 	}
-	names := append(b.names[:0], ".", "..")
-	for name := range n.Dir {
+	isRoot := in == parent
+	in.entries = make([]dirent, 0, len(n.Dir)+2)
+	in.entries = append(in.entries, dirent{name: ".", child: in}, dirent{name: "..", child: parent})
+	for name, child := range n.Dir {
 		if err := tree.CheckName(name); err != nil {
 			return fmt.Errorf("%w: in %q: %w", ErrTree, path, err)
 		}
-		names = append(names, name)
+		in.entries = append(in.entries, dirent{name: name, node: child})
 	}
-	isRoot := in == parent
-	stub := b.newStub(n, isRoot)
 	if isRoot {
 		for i := range 256 {
 			if name := fmt.Sprintf("%02x", i); n.Dir[name] == nil {
-				names = append(names, name)
+				in.entries = append(in.entries, dirent{name: name, node: b.stub})
 			}
 		}
 	}
-	slices.Sort(names)
-	in.entries = make([]dirent, len(names))
-	for i, name := range names {
-		in.entries[i].name = name
-	}
-	b.names = names
+	slices.SortFunc(in.entries, func(a, b dirent) int { return strings.Compare(a.name, b.name) })
 
 	in.nlink = 2
 	whiteouts := false
 	for i := range in.entries {
 		e := &in.entries[i]
-		child := n.Dir[e.name]
-		switch {
-		case e.name == ".":
-			e.child = in
-		case e.name == "..":
-			e.child = parent
-		case child == nil:
+		switch child := e.node; {
+		case child == nil: // "." and ".."
+		case child == b.stub:
 			e.owner = true
-			e.child = b.newInode(stub)
-			e.child.xattrs = b.intern(e.child.xattrs, b.plain(stub))
+			e.child = b.newInode(child)
+			e.child.xattrs = b.intern(b.plain(child))
 		case child.IsDir():
 			in.nlink++
 			e.owner = true
@@ -231,7 +280,7 @@ func (b *builder) dir(path string, in, parent *inode) error {
 				return err
 			}
 		default:
-			if err := b.file(path, n, child, e); err != nil {
+			if err := b.file(path, n, e); err != nil {
 				return err
 			}
 			whiteouts = whiteouts || e.owner && child.IsWhiteout()
@@ -250,16 +299,13 @@ func (b *builder) dir(path string, in, parent *inode) error {
 	if isRoot {
 		ids = setXattr(ids, attrOpaque, opaqueYes)
 	}
-	in.xattrs = b.intern(nil, ids)
+	in.xattrs = b.intern(ids)
 	return nil
 }
 
 // newStub returns what the names that the root lacks show: a whiteout with the
 // root's owner, time and SELinux label.
-func (b *builder) newStub(root *tree.Node, isRoot bool) *tree.Node {
-	if !isRoot {
-		return nil
-	}
+func newStub(root *tree.Node) *tree.Node {
 	n := &tree.Node{Stat: root.Stat, Nlink: 1}
 	n.Mode = tree.TypeChar | 0o644
 	n.Xattrs = nil
@@ -271,7 +317,8 @@ func (b *builder) newStub(root *tree.Node, isRoot bool) *tree.Node {
 }
 
 // file fills in the entry of what is not a directory.
-func (b *builder) file(path string, dir, n *tree.Node, e *dirent) error {
+func (b *builder) file(path string, dir *tree.Node, e *dirent) error {
+	n := e.node
 	in, known := b.files[n]
 	e.owner = !known
 	if b.owners != nil {
@@ -298,29 +345,15 @@ func (b *builder) file(path string, dir, n *tree.Node, e *dirent) error {
 	ids := b.plain(n)
 	switch {
 	case n.IsRegular() && n.File.Size > 0 && len(n.File.Inline) == 0:
-		ids = append(ids, xattrID{attrMetacopy, metacopy(n.File)})
-		if p := n.File.Path(); p != "" {
-			ids = append(ids, xattrID{attrRedirect, "/" + p})
-		}
+		in.xattrs = b.internFile(ids, n.File)
+		return nil
 	case n.IsWhiteout():
 		in.mode = tree.TypeRegular | n.Mode&^tree.TypeMask
 		ids = setXattr(ids, attrWhiteout, "")
 		ids = setXattr(ids, userWhiteout, "")
 	}
-	in.xattrs = b.intern(nil, ids)
+	in.xattrs = b.intern(ids)
 	return nil
-}
-
-// metacopy returns the value that tells overlayfs the digest of a file's data
-// (struct ovl_metacopy in fs/overlayfs/overlayfs.h of Linux).
-func metacopy(f *tree.File) string {
-	d := f.Object
-	if d.IsZero() {
-		return ""
-	}
-	var buf [4 + 64]byte
-	v := append(buf[:0], 0, byte(4+d.Algorithm().Size()), 0, byte(d.Algorithm()))
-	return string(d.AppendTo(v))
 }
 
 // plain returns the xattrs of a node as they are stored, in the builder's scratch.
@@ -347,29 +380,113 @@ func setXattr(ids []xattrID, name, value string) []xattrID {
 	return append(ids, xattrID{name, value})
 }
 
-// intern appends the xattrs of an inode in their order, and counts them.
-func (b *builder) intern(list []*xattr, ids []xattrID) []*xattr {
-	if len(ids) == 0 {
-		return list
-	}
+// intern returns the xattrs of an inode in their order, and counts them.
+func (b *builder) intern(ids []xattrID) []*xattr {
 	b.ids = ids
-	slices.SortFunc(ids, func(a, b xattrID) int { return cmp.Compare(a.name, b.name) })
-	if list == nil {
-		list = make([]*xattr, 0, len(ids))
-	}
+	slices.SortFunc(ids, func(a, b xattrID) int { return strings.Compare(a.name, b.name) })
+	list := b.list(len(ids))
 	for _, id := range ids {
-		x := b.xattrs[id]
-		if x == nil {
-			x = &xattr{id: id}
-			x.index, x.suffix = splitXattr(id.name)
-			x.filter = filterBit(x.index, x.suffix)
-			b.xattrs[id] = x
-			b.hasACL = b.hasACL || id.name == xattrPrefixes[2] || id.name == xattrPrefixes[3]
-		}
-		x.uses++
-		list = append(list, x)
+		list = append(list, b.xattr(id))
 	}
 	return list
+}
+
+// internFile is intern for a regular file with an object: it adds what names that.
+func (b *builder) internFile(ids []xattrID, f *tree.File) []*xattr {
+	if f.Object.IsZero() {
+		ids = append(ids, xattrID{attrMetacopy, ""})
+	}
+	list := b.intern(ids)
+	if !f.Object.IsZero() {
+		list = insertXattr(list, b.object(f).metacopy)
+	}
+	switch {
+	case f.Payload == "" && !f.Object.IsZero():
+		list = insertXattr(list, b.object(f).redirect)
+	case f.Payload != "" && f.Payload != tree.NoPayload:
+		list = insertXattr(list, b.path(f.Payload))
+	}
+	return list
+}
+
+// path returns the redirect to a path that is spelled out. It may still be that of a
+// digest, and equal to another file's.
+func (b *builder) path(path string) *xattr {
+	x := b.paths[path]
+	if x != nil {
+		return x
+	}
+	if n := len(path); (n == 1+2*32 || n == 1+2*64) && path[2] == '/' {
+		if d, err := fsverity.Parse(path[:2] + path[3:]); err == nil {
+			return b.object(&tree.File{Object: d}).redirect
+		}
+	}
+	x = b.newXattr(attrRedirect)
+	x.kind, x.value = toPath, path
+	b.paths[path] = x
+	return x
+}
+
+// insertXattr puts x at its place among those of an inode, and counts it.
+func insertXattr(list []*xattr, x *xattr) []*xattr {
+	x.uses++
+	i, _ := slices.BinarySearchFunc(list, x.name, func(x *xattr, name string) int { return strings.Compare(x.name, name) })
+	return slices.Insert(list, i, x)
+}
+
+// list returns an empty list for n xattrs and two more.
+func (b *builder) list(n int) []*xattr {
+	if n += 2; len(b.lists) < n {
+		b.lists = make([]*xattr, max(n, 4096))
+	}
+	l := b.lists[:0:n]
+	b.lists = b.lists[n:]
+	return l
+}
+
+func (b *builder) xattr(id xattrID) *xattr {
+	x := b.xattrs[id]
+	if x == nil {
+		x = b.newXattr(id.name)
+		x.value = id.value
+		b.xattrs[id] = x
+		b.hasACL = b.hasACL || id.name == xattrPrefixes[2] || id.name == xattrPrefixes[3]
+	}
+	x.uses++
+	return x
+}
+
+// object returns the object of a file's digest.
+func (b *builder) object(f *tree.File) object {
+	o, ok := b.objects[f.Object]
+	if !ok {
+		o = object{b.newXattr(attrMetacopy), b.newXattr(attrRedirect)}
+		o.metacopy.kind, o.metacopy.file = ofDigest, f
+		o.redirect.kind, o.redirect.file = toObject, f
+		b.objects[f.Object] = o
+	}
+	return o
+}
+
+func (b *builder) newXattr(name string) *xattr {
+	if len(b.room) == 0 {
+		b.room = make([]xattr, 512)
+	}
+	x := &b.room[0]
+	b.room = b.room[1:]
+	x.xattrName = b.name(name)
+	return x
+}
+
+func (b *builder) name(name string) *xattrName {
+	x := b.names[name]
+	if x == nil {
+		x = &xattrName{name: name}
+		x.index, x.suffix = splitXattr(name)
+		x.filter = filterBit(x.index, x.suffix)
+		b.names[name] = x
+	}
+	return x
 }
 
 // order puts the inodes in order and finds the earliest time.
@@ -392,19 +509,31 @@ func (b *builder) order(root *inode) {
 // share lists the xattrs that several inodes have in the order of
 // compute_erofs_shared_xattrs: by name, length and value, all descending.
 func (b *builder) share() {
-	for _, x := range b.xattrs {
+	list := &b.inodeTable.shared
+	add := func(x *xattr) {
 		if x.shared() {
-			b.inodeTable.shared = append(b.inodeTable.shared, x)
+			x.kind, x.value = literal, string(x.appendValue(nil))
+			*list = append(*list, x)
 		}
 	}
-	slices.SortFunc(b.inodeTable.shared, func(x, y *xattr) int {
+	for _, x := range b.xattrs {
+		add(x)
+	}
+	for _, x := range b.paths {
+		add(x)
+	}
+	for _, o := range b.objects {
+		add(o.metacopy)
+		add(o.redirect)
+	}
+	slices.SortFunc(*list, func(x, y *xattr) int {
 		return cmp.Or(
-			cmp.Compare(y.id.name, x.id.name),
-			cmp.Compare(len(y.id.value), len(x.id.value)),
-			cmp.Compare(y.id.value, x.id.value),
+			strings.Compare(y.name, x.name),
+			cmp.Compare(len(y.value), len(x.value)),
+			strings.Compare(y.value, x.value),
 		)
 	})
-	b.xattrs, b.files = nil, nil
+	b.xattrs, b.paths, b.objects, b.files = nil, nil, nil, nil
 }
 
 // check returns an error if a node has no form as an inode.

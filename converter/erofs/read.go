@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/particle-os/particle/converter/fsverity"
@@ -466,6 +465,7 @@ func (r *reader) sortedObjects() []fsverity.Digest {
 	for d := range r.objects {
 		list = append(list, d)
 	}
-	slices.SortFunc(list, func(a, b fsverity.Digest) int { return strings.Compare(a.String(), b.String()) })
+	var x, y [64]byte
+	slices.SortFunc(list, func(a, b fsverity.Digest) int { return bytes.Compare(a.AppendTo(x[:0]), b.AppendTo(y[:0])) })
 	return list
 }

@@ -67,7 +67,7 @@ func (e *emitter) run() {
 	e.align(slotSize)
 	e.inodesE = e.pos
 	for _, x := range e.shared {
-		x.pos = e.pos
+		x.ref = uint32((e.pos - e.inodesE>>blockBits<<blockBits) / 4)
 		e.body = x.append(e.body[:0])
 		e.write(e.body)
 	}
@@ -256,7 +256,7 @@ func (e *emitter) appendXattrs(b []byte, in *inode) []byte {
 		filter |= x.filter
 		if x.shared() && shared < maxShared {
 			shared++
-			b = le.AppendUint32(b, uint32(x.pos-e.inodesE>>blockBits<<blockBits)/4)
+			b = le.AppendUint32(b, x.ref)
 		}
 	}
 	le.PutUint32(b[start:], ^filter)
