@@ -48,7 +48,8 @@ func (t *Txn) sum(data []byte) fsverity.Digest {
 // SetImmutableSources says whether the files given to PutFile never change any
 // more and belong to the store as well as to their present place: then they are
 // linked instead of copied, where they lie on the same filesystem. An object made
-// so keeps the file's owner, mode and times, which mean nothing in a store.
+// so keeps the file's owner, mode and times, which mean nothing in a store; where
+// there is fs-verity, the file gets it and cannot be changed any more.
 func (t *Txn) SetImmutableSources(yes bool) { t.linkFiles.Store(yes) }
 
 // Put stores the next size bytes of r as an object and returns its digest. It reads
