@@ -362,7 +362,7 @@ func TestRefusedTrees(t *testing.T) {
 		node *tree.Node
 		want string
 	}{
-		{"f", nil, `"/f" is nil`},
+		{"f", nil, `the node of "f" is nil`},
 		{"f", node(0), "names no file type"},
 		{"f", node(1 << 20), "more bits than st_mode"},
 		{"f", file(nil), "regular file without a File"},

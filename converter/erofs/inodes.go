@@ -19,19 +19,20 @@ type inode struct {
 	entries []dirent // of a directory, in byte order, with "." and ".."
 	xattrs  []*xattr // as stored, in byte order of names
 
+	placed bool // its owner has been met
+
 	// What the layout says, true once it has run.
 	compact bool
-	blocks  int    // full blocks of data; all else follows the inode
+	blocks  uint32 // full blocks of data; all else follows the inode
+	block   uint32 // number of the first of blocks
 	nid     uint64 // position in the image, in slots
-	block   int64  // number of the first of blocks
 }
 
 // A dirent is an entry of a directory.
 type dirent struct {
 	name  string
-	node  *tree.Node // nil for "." and ".."
 	child *inode
-	owner bool // of a file with several names, only one entry is
+	owner bool // "." and ".." are not, and of a file with several names only one is
 }
 
 // An xattr is a pair of name and value, which several inodes may have.
@@ -180,21 +181,21 @@ type census struct {
 	dirs                  map[*tree.Node]bool
 }
 
-func (c *census) count(path string, dir *tree.Node, depth int) error {
+func (c *census) count(name string, dir *tree.Node, depth int) error {
 	if depth > MaxDepth {
-		return fmt.Errorf("%w: more than %d directories within each other at %.100q…", ErrTree, MaxDepth, path)
+		return fmt.Errorf("%w: more than %d directories within each other at %q", ErrTree, MaxDepth, name)
 	}
 	if c.dirs[dir] {
-		return fmt.Errorf("%w: directory %q has a second name", ErrTree, path)
+		return fmt.Errorf("%w: directory %q has a second name", ErrTree, name)
 	}
 	c.dirs[dir] = true
 	c.nodes += len(dir.Dir)
 	for name, child := range dir.Dir {
 		switch {
 		case child == nil:
-			return fmt.Errorf("%w: %q is nil", ErrTree, tree.Join(path, name))
+			return fmt.Errorf("%w: the node of %q is nil", ErrTree, name)
 		case child.IsDir():
-			if err := c.count(tree.Join(path, name), child, depth+1); err != nil {
+			if err := c.count(name, child, depth+1); err != nil {
 				return err
 			}
 		case child.IsRegular() && child.File != nil:
@@ -234,7 +235,24 @@ func (b *builder) findOwners(t *tree.Tree) error {
 func (b *builder) newInode(n *tree.Node) *inode {
 	in := &b.pool[0]
 	b.pool = b.pool[1:]
-	in.node, in.mode, in.nlink = n, n.Mode, 1
+	in.node, in.mode = n, n.Mode
+	return in
+}
+
+// inode returns the inode of a node: the same one for each of a file's names.
+func (b *builder) inode(n *tree.Node) *inode {
+	if n.IsDir() {
+		return b.newInode(n)
+	}
+	in := b.files[n]
+	if in == nil {
+		in = b.newInode(n)
+		in.nlink = n.Nlink
+		b.files[n] = in
+	}
+	if n.Nlink == 0 {
+		in.nlink++
+	}
 	return in
 }
 
@@ -251,12 +269,12 @@ func (b *builder) dir(path string, in, parent *inode) error {
 		if err := tree.CheckName(name); err != nil {
 			return fmt.Errorf("%w: in %q: %w", ErrTree, path, err)
 		}
-		in.entries = append(in.entries, dirent{name: name, node: child})
+		in.entries = append(in.entries, dirent{name: name, child: b.inode(child)})
 	}
 	if isRoot {
 		for i := range 256 {
 			if name := fmt.Sprintf("%02x", i); n.Dir[name] == nil {
-				in.entries = append(in.entries, dirent{name: name, node: b.stub})
+				in.entries = append(in.entries, dirent{name: name, child: b.newInode(b.stub)})
 			}
 		}
 	}
@@ -266,16 +284,14 @@ func (b *builder) dir(path string, in, parent *inode) error {
 	whiteouts := false
 	for i := range in.entries {
 		e := &in.entries[i]
-		switch child := e.node; {
-		case child == nil: // "." and ".."
+		switch child := e.child.node; {
+		case e.child == in || e.child == parent: // "." and ".."
 		case child == b.stub:
-			e.owner = true
-			e.child = b.newInode(child)
+			e.owner, e.child.nlink = true, 1
 			e.child.xattrs = b.intern(b.plain(child))
 		case child.IsDir():
 			in.nlink++
 			e.owner = true
-			e.child = b.newInode(child)
 			if err := b.dir(tree.Join(path, e.name), e.child, in); err != nil {
 				return err
 			}
@@ -306,7 +322,7 @@ func (b *builder) dir(path string, in, parent *inode) error {
 // newStub returns what the names that the root lacks show: a whiteout with the
 // root's owner, time and SELinux label.
 func newStub(root *tree.Node) *tree.Node {
-	n := &tree.Node{Stat: root.Stat, Nlink: 1}
+	n := &tree.Node{Stat: root.Stat}
 	n.Mode = tree.TypeChar | 0o644
 	n.Xattrs = nil
 	const selinux = "security.selinux"
@@ -318,30 +334,21 @@ func newStub(root *tree.Node) *tree.Node {
 
 // file fills in the entry of what is not a directory.
 func (b *builder) file(path string, dir *tree.Node, e *dirent) error {
-	n := e.node
-	in, known := b.files[n]
-	e.owner = !known
+	in := e.child
+	n := in.node
+	first := !in.placed
+	in.placed, e.owner = true, first
 	if b.owners != nil {
 		if _, named := b.named[n]; named {
 			e.owner = b.owners[place{dir, e.name}]
 		}
 	}
-	if known {
-		e.child = in
-		if n.Nlink == 0 {
-			in.nlink++
-		}
+	if !first {
 		return nil
 	}
 	if err := check(n); err != nil {
 		return fmt.Errorf("%w: %q: %w", ErrTree, tree.Join(path, e.name), err)
 	}
-	in = b.newInode(n)
-	b.files[n], e.child = in, in
-	if n.Nlink != 0 {
-		in.nlink = n.Nlink
-	}
-
 	ids := b.plain(n)
 	switch {
 	case n.IsRegular() && n.File.Size > 0 && len(n.File.Inline) == 0:

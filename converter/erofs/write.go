@@ -74,7 +74,7 @@ func (e *emitter) run() {
 	e.align(blockSize)
 	e.dataPos = e.pos
 	for _, in := range e.inodes {
-		in.block = e.pos >> blockBits
+		in.block = uint32(e.pos >> blockBits)
 		e.blocks(in)
 	}
 }
@@ -135,7 +135,7 @@ func (e *emitter) inode(ino uint32, in *inode) {
 			}
 			entries = entries[k:]
 		}
-		in.blocks = full
+		in.blocks = uint32(full)
 		size = uint64(full*blockSize + len(e.tail))
 	case tree.TypeSymlink:
 		e.tail = append(e.tail, n.Target...)
@@ -147,7 +147,7 @@ func (e *emitter) inode(ino uint32, in *inode) {
 		size = uint64(n.File.Size)
 		switch inline := n.File.Inline; {
 		case len(inline) > 0:
-			in.blocks = len(inline) / blockSize
+			in.blocks = uint32(len(inline) / blockSize)
 			if rest := inline[in.blocks*blockSize:]; len(rest) > blockSize/2 {
 				in.blocks++
 			} else {
@@ -180,13 +180,13 @@ func (e *emitter) inode(ino uint32, in *inode) {
 	e.place(in)
 	in.nid = uint64(e.pos >> slotBits)
 	if in.mode&tree.TypeMask == tree.TypeDir {
-		h.size = uint64(in.blocks*blockSize + len(e.tail))
+		h.size = uint64(in.blocks)*blockSize + uint64(len(e.tail))
 	}
 	switch t := in.mode & tree.TypeMask; {
 	case t == tree.TypeChar || t == tree.TypeBlock:
 		h.data = uint32(n.Rdev)
 	case in.blocks > 0:
-		h.data = uint32(in.block)
+		h.data = in.block
 	}
 	switch {
 	case isChunks:
@@ -278,7 +278,8 @@ func (e *emitter) blocks(in *inode) {
 	}
 	switch in.mode & tree.TypeMask {
 	case tree.TypeDir:
-		for i, entries := 0, in.entries; i < in.blocks; i++ {
+		entries := in.entries
+		for range in.blocks {
 			k, _ := blockOf(entries)
 			e.body = appendDirents(e.body[:0], entries[:k])
 			e.write(e.body)
@@ -290,7 +291,7 @@ func (e *emitter) blocks(in *inode) {
 		e.align(blockSize)
 	case tree.TypeRegular:
 		if inline := in.node.File.Inline; len(inline) > 0 {
-			e.write(inline[:min(len(inline), in.blocks*blockSize)])
+			e.write(inline[:min(len(inline), int(in.blocks)*blockSize)])
 			e.align(blockSize)
 			return
 		}

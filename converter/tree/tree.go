@@ -247,7 +247,7 @@ func CheckName(name string) error {
 		return errors.New("empty name")
 	case name == "." || name == "..":
 		return fmt.Errorf("name %q is reserved", name)
-	case strings.ContainsAny(name, "/\x00"):
+	case strings.IndexByte(name, '/') >= 0, strings.IndexByte(name, 0) >= 0:
 		return fmt.Errorf("name %q contains a slash or NUL", name)
 	case len(name) > MaxName:
 		return fmt.Errorf("name %.40q… is too long: got %d bytes, want at most %d", name, len(name), MaxName)
