@@ -1,12 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"strconv"
 
 	xterm "golang.org/x/term"
@@ -54,6 +56,8 @@ type mkcomposefsOptions struct {
 // Unlike that one it opens the image when it has read the source: a bad source
 // leaves an old image as it is.
 func mkcomposefsMain(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	// Nearly all that is allocated lives until the end.
+	debug.SetGCPercent(400)
 	o, err := parseMkcomposefs(args)
 	if err != nil {
 		fmt.Fprintf(stderr, "mkcomposefs: %v\n", err)
@@ -197,30 +201,41 @@ func (o *mkcomposefsOptions) tree(ctx context.Context, stdin io.Reader) (*tree.T
 
 // write writes the image, and gives its bytes to hasher if they are wanted.
 func (o *mkcomposefsOptions) write(t *tree.Tree, hasher io.Writer, stdout io.Writer) error {
-	opts := erofs.Options{Format: o.format}
-	var out io.Writer
-	switch o.image {
-	case "":
-		return erofs.Write(hasher, t, opts)
-	case "-":
-		out = stdout
-	default:
+	if o.image == "" {
+		return o.writeTo(hasher, t)
+	}
+	out := stdout
+	var file *os.File
+	if o.image != "-" {
 		f, err := os.OpenFile(o.image, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o666)
 		if err != nil {
 			return err
 		}
 		defer f.Close() // closed below, but for errors
-		out = f
+		out, file = f, f
 	}
-	w := out
 	if o.printDigest {
-		w = io.MultiWriter(out, hasher)
+		out = io.MultiWriter(out, hasher)
 	}
-	if err := erofs.Write(w, t, opts); err != nil {
+	if err := o.writeTo(out, t); err != nil {
 		return err
 	}
-	if f, ok := out.(*os.File); ok && o.image != "-" {
-		return f.Close()
+	if file != nil {
+		return file.Close()
 	}
 	return nil
+}
+
+// writeTo lets making the image, and writing and hashing it, overlap.
+func (o *mkcomposefsOptions) writeTo(w io.Writer, t *tree.Tree) error {
+	r, pipe := io.Pipe()
+	done := make(chan error, 1)
+	go func() {
+		_, err := io.CopyBuffer(struct{ io.Writer }{w}, r, make([]byte, 128<<10))
+		r.CloseWithError(err)
+		done <- err
+	}()
+	err := erofs.Write(pipe, t, erofs.Options{Format: o.format})
+	pipe.CloseWithError(err) // nil is the end
+	return cmp.Or(err, <-done)
 }
