@@ -423,10 +423,8 @@ func (b *builder) path(path string) *xattr {
 	if x != nil {
 		return x
 	}
-	if n := len(path); (n == 1+2*32 || n == 1+2*64) && path[2] == '/' {
-		if d, err := fsverity.Parse(path[:2] + path[3:]); err == nil {
-			return b.object(&tree.File{Object: d}).redirect
-		}
+	if d := digestOfPath(path); !d.IsZero() {
+		return b.object(&tree.File{Object: d}).redirect
 	}
 	x = b.newXattr(attrRedirect)
 	x.kind, x.value = toPath, path
@@ -473,6 +471,19 @@ func (b *builder) object(f *tree.File) object {
 		b.objects[f.Object] = o
 	}
 	return o
+}
+
+// digestOfPath returns the digest whose path is given, zero if it is none's. Images
+// of ostree have other paths for all their files: most must not cost an error value.
+func digestOfPath(path string) fsverity.Digest {
+	if n := len(path) - 1; n != 2*fsverity.SHA256.Size() && n != 2*fsverity.SHA512.Size() {
+		return fsverity.Digest{}
+	}
+	d, err := fsverity.ParsePath(path)
+	if err != nil {
+		return fsverity.Digest{}
+	}
+	return d
 }
 
 func (b *builder) newXattr(name string) *xattr {

@@ -306,7 +306,7 @@ func (o *overlay) collect(objects map[fsverity.Digest]bool) {
 	}
 	// What overlayfs opens is the path. Digest and path agree in all images but
 	// those that were made to confuse garbage collection.
-	if d, err := fsverity.ParsePath(o.path); err == nil {
+	if d := digestOfPath(o.path); !d.IsZero() {
 		objects[d] = true
 	}
 }
