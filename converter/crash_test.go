@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -18,6 +19,9 @@ import (
 const (
 	childStore = "PARTICLE_TEST_STORE" // the store to convert into
 	childImage = "PARTICLE_TEST_IMAGE" // which image
+
+	childKillAt    = "PARTICLE_TEST_KILL_AT"    // the event at which to die
+	childKillAfter = "PARTICLE_TEST_KILL_AFTER" // how long after the last layer to die
 )
 
 func TestMain(m *testing.M) {
@@ -31,7 +35,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// child converts one image and prints the peak of its memory in KiB.
+// child converts one image and prints how many events there were, and the peak of
+// its memory.
 func child(dir, image string) error {
 	st, err := store.Init(dir, store.Options{})
 	if err != nil {
@@ -44,16 +49,20 @@ func child(dir, image string) error {
 	case "large":
 		img = newLargeImage()
 	}
-	if _, err := Convert(ctx, img, st, Options{Name: image, KeepBlobs: true}); err != nil {
+	s := &suicide{}
+	s.at, _ = strconv.Atoi(os.Getenv(childKillAt))
+	s.after, _ = time.ParseDuration(os.Getenv(childKillAfter))
+	if _, err := Convert(ctx, img, st, Options{Name: image, KeepBlobs: true, Progress: s}); err != nil {
 		return err
 	}
+	fmt.Println(s.events, "events")
 	status, err := os.ReadFile("/proc/self/status")
 	if err != nil {
 		return err
 	}
 	for line := range strings.Lines(string(status)) {
 		if peak, ok := strings.CutPrefix(line, "VmHWM:"); ok {
-			fmt.Println(strings.TrimSuffix(strings.TrimSpace(peak), " kB"))
+			fmt.Println(strings.TrimSpace(peak))
 		}
 	}
 	return nil
@@ -63,10 +72,10 @@ func crashImage() *memImage {
 	var layers [][]byte
 	for i := range 4 {
 		var ents []ent
-		for j := range 200 {
+		for j := range 60 {
 			ents = append(ents, f(fmt.Sprintf("l%d-%d", i, j), big(byte(i*50+j), 100+j*37)))
 		}
-		layers = append(layers, tarOf(append(ents, f(fmt.Sprintf("big%d", i), big(byte(i), 3<<20)))...))
+		layers = append(layers, tarOf(append(ents, f(fmt.Sprintf("big%d", i), big(byte(i), 1<<20)))...))
 	}
 	return imageOf(gz, layers...)
 }
@@ -78,16 +87,43 @@ func childProcess(dir, image string) *exec.Cmd {
 	return cmd
 }
 
+// A suicide is a Progress that kills its own process: at the event number at, or some
+// time after all layers are done, when the transaction commits.
+type suicide struct {
+	mu         sync.Mutex
+	at, events int
+	after      time.Duration
+	done       int
+}
+
+func (s *suicide) Progress(e Event) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.events++
+	if s.at > 0 && s.events == s.at {
+		syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	}
+	if e.State == LayerDone {
+		if s.done++; s.done == e.Layers && s.after > 0 {
+			time.AfterFunc(s.after, func() { syscall.Kill(os.Getpid(), syscall.SIGKILL) })
+		}
+	}
+}
+
 // TestKilled kills a conversion at many moments: each time fsck finds nothing, and a
-// repeated conversion completes.
+// repeated conversion completes. (The store's own tests kill at each step of a
+// commit.)
 func TestKilled(t *testing.T) {
-	// How long a whole conversion takes sets the moments.
+	// A whole run tells how many events there are.
 	dir := newStore(t).Dir()
-	start := time.Now()
-	if err := childProcess(dir, "crash").Run(); err != nil {
+	out, err := childProcess(dir, "crash").Output()
+	if err != nil {
 		t.Fatal(err)
 	}
-	whole := time.Since(start)
+	var events int
+	if _, err := fmt.Sscanf(string(out), "%d events", &events); err != nil || events < 20 {
+		t.Fatalf("the child printed %q (%v)", out, err)
+	}
 	st, err := store.Open(dir)
 	if err != nil {
 		t.Fatal(err)
@@ -97,43 +133,47 @@ func TestKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	moments := 24
+	moments := 20
 	if testing.Short() {
 		moments = 6
 	}
 	killed := 0
 	for i := range moments {
-		dir := newStore(t).Dir()
-		cmd := childProcess(dir, "crash")
-		cmd.Stderr = nil
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
+		when := fmt.Sprintf("%s=%d", childKillAt, 1+events*i/moments)
+		if i%4 == 3 {
+			when = fmt.Sprintf("%s=%dms", childKillAfter, 1+3*i)
 		}
-		time.Sleep(whole * time.Duration(i+1) / time.Duration(moments))
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-		if ws, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
-			killed++
-		}
-		st, err := store.Init(dir, store.Options{})
-		if err != nil {
-			t.Fatalf("killed after %d/%d: %v", i+1, moments, err)
-		}
-		wantClean(t, st)
-		if err := childProcess(dir, "crash").Run(); err != nil {
-			t.Fatalf("repeated after %d/%d: %v", i+1, moments, err)
-		}
-		s, err := Find(st, "crash")
-		if err != nil {
-			t.Fatal(err)
-		}
-		if s.Images["merged"] != want.Images["merged"] {
-			t.Errorf("the repeated conversion made %s, want %s", s.Images["merged"], want.Images["merged"])
-		}
-		wantClean(t, st)
+		t.Run(when, func(t *testing.T) {
+			dir := newStore(t).Dir()
+			cmd := childProcess(dir, "crash")
+			cmd.Env = append(cmd.Env, when)
+			if cmd.Run() != nil {
+				if ws, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); !ok || !ws.Signaled() {
+					t.Fatalf("the child failed: %v", cmd.ProcessState)
+				}
+				killed++
+			}
+			st, err := store.Init(dir, store.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantClean(t, st)
+			if err := childProcess(dir, "crash").Run(); err != nil {
+				t.Fatalf("repeating: %v", err)
+			}
+			s, err := Find(st, "crash")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if s.Images["merged"] != want.Images["merged"] {
+				t.Errorf("the repeated conversion made %s, want %s", s.Images["merged"], want.Images["merged"])
+			}
+			wantClean(t, st)
+		})
 	}
-	if killed < moments/3 {
-		t.Errorf("only %d of %d processes were killed before their end", killed, moments)
+	// Those that die by the clock may come too late; those that count events cannot.
+	if killed < moments*3/4 {
+		t.Errorf("only %d of %d processes were killed", killed, moments)
 	}
 }
 
@@ -148,9 +188,9 @@ func TestMemory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kib, err := strconv.Atoi(strings.TrimSpace(string(out)))
-	if err != nil {
-		t.Fatal(err)
+	var events, kib int
+	if _, err := fmt.Sscanf(string(out), "%d events\n%d kB", &events, &kib); err != nil {
+		t.Fatalf("the child printed %q: %v", out, err)
 	}
 	t.Logf("peak %d MiB", kib>>10)
 	if kib > 256<<10 {
