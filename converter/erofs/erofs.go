@@ -121,20 +121,3 @@ const (
 	opaqueYes       = "y"
 	opaqueWhiteouts = "x" // "may contain escaped whiteouts"
 )
-
-// isStub reports whether name is one of the 256 that the root of an image has to
-// have: as whiteouts they hide the directories of the object store, which is the
-// lowest layer of the overlay.
-func isStub(name string) bool {
-	const digits = "0123456789abcdef"
-	return len(name) == 2 && isDigit(name[0], digits) && isDigit(name[1], digits)
-}
-
-func isDigit(c byte, digits string) bool {
-	for i := range len(digits) {
-		if digits[i] == c {
-			return true
-		}
-	}
-	return false
-}
