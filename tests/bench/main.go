@@ -37,6 +37,9 @@ type options struct {
 }
 
 func main() {
+	if len(os.Args) > 3 && os.Args[1] == launchArg {
+		os.Exit(launch(os.Args[2:]))
+	}
 	var o options
 	flag.IntVar(&o.rounds, "n", 5, "`rounds`: how often each contender runs")
 	flag.StringVar(&o.out, "json", "bench.json", "write the results to this `file`")
@@ -117,16 +120,14 @@ func runGroup(ctx context.Context, in *inputs, g group, rounds int) (*groupResul
 	for round := range rounds {
 		for i := range able {
 			cr := able[(i+round)%len(able)] // nobody always comes after the same one
-			fmt.Fprintf(os.Stderr, "\r\x1b[K%s: round %d of %d: %s", g.name, round+1, rounds, cr.Name)
+			fmt.Fprintf(os.Stderr, "%s: round %d of %d: %s\n", g.name, round+1, rounds, cr.Name)
 			m, err := turn(ctx, in, cr.contender)
 			if err != nil {
-				fmt.Fprintln(os.Stderr)
 				return nil, fmt.Errorf("%s: %w", cr.Name, err)
 			}
 			cr.Runs = append(cr.Runs, m)
 		}
 	}
-	fmt.Fprint(os.Stderr, "\r\x1b[K")
 	gr.summarize()
 	return gr, nil
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -39,29 +38,17 @@ func measure(ctx context.Context, cmd *exec.Cmd, dir string) (m measurement, err
 	if cmd.Stdout == nil {
 		cmd.Stdout = &log
 	}
-	start := time.Now()
-	if err := cmd.Start(); err != nil {
-		return m, err
-	}
-	stop := context.AfterFunc(ctx, func() { cmd.Process.Signal(unix.SIGTERM) })
-	err = cmd.Wait() // wait4: rusage counts the children it waited for too
-	m.Wall = time.Since(start).Seconds()
-	stop()
+	rep, err := launched(ctx, cmd)
 	if err != nil {
-		return m, fmt.Errorf("running %s: %w\n%s", strings.Join(cmd.Args, " "), err, tailOf(log.String()))
+		return m, fmt.Errorf("%w\n%s", err, tailOf(log.String()))
 	}
-	start = time.Now()
+	m.Wall, m.CPU, m.RSS = rep.Wall, rep.CPU, rep.RSS
+	start := time.Now()
 	if err := syncfs(dir); err != nil {
 		return m, err
 	}
 	m.Sync = time.Since(start).Seconds()
 
-	usage, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage)
-	if !ok {
-		return m, errors.New("no rusage from wait4")
-	}
-	m.CPU = (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Seconds()
-	m.RSS = usage.Maxrss * 1024 // getrusage(2): kibibytes
 	m.Disk, err = diskUsage(dir)
 	return m, err
 }

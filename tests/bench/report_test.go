@@ -9,6 +9,40 @@ import (
 	"testing"
 )
 
+// The tests are their own launcher.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 3 && os.Args[1] == launchArg {
+		os.Exit(launch(os.Args[2:]))
+	}
+	os.Exit(m.Run())
+}
+
+// What this process needs must not show in what its contenders need.
+func TestPeakMemoryIsTheContenders(t *testing.T) {
+	mine := make([]byte, 300<<20)
+	for i := range mine {
+		mine[i] = byte(i)
+	}
+	for _, tt := range []struct {
+		script   string
+		min, max int64 // MiB
+	}{
+		{"true", 0, 60},
+		{"dd if=/dev/zero of=/dev/null bs=150M count=1 2>/dev/null", 150, 210},
+	} {
+		m, err := measure(t.Context(), exec.Command("sh", "-c", tt.script), t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := m.RSS >> 20; got < tt.min || got > tt.max {
+			t.Errorf("%s: peak of %d MiB, want %d to %d", tt.script, got, tt.min, tt.max)
+		}
+	}
+	if mine[12345] != byte(12345%256) {
+		t.Error("the memory went away")
+	}
+}
+
 func TestSummary(t *testing.T) {
 	runs := func(walls ...float64) []measurement {
 		var v []measurement
