@@ -137,7 +137,7 @@ func (m mmdebstrap) run(ctx context.Context, o bootstrapOptions, epoch string, a
 	cmd.ExtraFiles = []*os.File{hooksEnd} // file descriptor 3
 	log := &tail{max: 64 << 10}
 	cmd.Stdout, cmd.Stderr = log, log
-	if err := startUnsynced(cmd); err != nil {
+	if err := cmd.Start(); err != nil {
 		hooksEnd.Close()
 		return nil, err
 	}

@@ -12,7 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -380,28 +379,5 @@ func TestBootstrapTwice(t *testing.T) {
 	}
 	if a, b := images[0], images[1]; a.Digest != b.Digest || a.Entries < 3000 || !strings.HasPrefix(a.Title, "Debian GNU/Linux 13") {
 		t.Errorf("two runs gave\n%+v and\n%+v\nwant the same digest of Debian 13", a, b)
-	}
-}
-
-func TestStartUnsynced(t *testing.T) {
-	if os.Geteuid() != 0 || auditArch[runtime.GOARCH] == 0 {
-		t.Skip("needs root and a known architecture")
-	}
-	// fsync(2) of /dev/null fails with EINVAL; with the filter it succeeds.
-	if exec.Command("sync", "/dev/null").Run() == nil {
-		t.Skip("fsync of /dev/null works here")
-	}
-	for range 3 {
-		cmd := exec.Command("sh", "-c", "sync /dev/null") // a child of a child
-		if err := startUnsynced(cmd); err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Wait(); err != nil {
-			t.Errorf("got %v, want an fsync that does nothing and succeeds", err)
-		}
-		// This process and what it starts otherwise have no filter.
-		if err := exec.Command("sync", "/dev/null").Run(); err == nil {
-			t.Error("the filter holds for another command too")
-		}
 	}
 }

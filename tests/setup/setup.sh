@@ -13,8 +13,9 @@
 #                   neither see nor change the images of this machine
 #   storage/        the images of the tests
 #
-# The machine's own settings are not touched. Mirrors are those of the machine's own
-# apt sources. The Valid-Until of Release files is not enforced here, because test
+# The machine's own settings are not touched. Packages come from the machine's own
+# apt sources, chroots from PARTICLE_TEST_MIRROR or where mmdebstrap takes them from by
+# itself. The Valid-Until of Release files is not enforced here, because test
 # machines have odd clocks; Particle itself never turns that check off.
 set -euo pipefail
 
@@ -41,6 +42,7 @@ setfacl         acl
 strace          strace
 hyperfine       hyperfine
 zstd            zstd
+bsdtar          libarchive-tools
 time            time
 jq              jq
 fsverity        fsverity
@@ -95,29 +97,6 @@ install_packages() {
 	[ ${#have[@]} -gt 0 ] || return 0
 	say "installing ${have[*]}"
 	DEBIAN_FRONTEND=noninteractive apt-get "${no_expiry[@]}" -q -y --no-install-recommends install "${have[@]}" >&2 </dev/null
-}
-
-# debian_mirror prints the URI of the machine's own Debian mirror, or nothing.
-debian_mirror() {
-	local codename
-	codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
-	[ -n "$codename" ] || return 0
-	{
-		# deb [options] URI SUITE COMPONENTS
-		sed -n 's/^deb[[:space:]]\{1,\}\(\[[^]]*\][[:space:]]*\)\{0,1\}\([^[:space:]]\{1,\}\)[[:space:]]\{1,\}\([^[:space:]]\{1,\}\).*/\2 \3/p' \
-			/etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null || true
-		# deb822: URIs and Suites of a stanza
-		awk '
-			function flush(  i, j) {
-				for (i = 1; i <= nu; i++) for (j = 1; j <= ns; j++) print u[i], s[j]
-				nu = ns = 0
-			}
-			/^[[:space:]]*$/ || FNR == 1 { flush() }
-			tolower($1) == "uris:"   { nu = split($0, u); for (i = 1; i < nu; i++) u[i] = u[i+1]; nu-- }
-			tolower($1) == "suites:" { ns = split($0, s); for (i = 1; i < ns; i++) s[i] = s[i+1]; ns-- }
-			END { flush() }
-		' /etc/apt/sources.list.d/*.sources 2>/dev/null || true
-	} | awk -v suite="$codename" '$2 == suite { sub("/$", "", $1); print $1; exit }'
 }
 
 # make_oracle builds the chroot with the C composefs tools.
@@ -195,10 +174,8 @@ write_env() {
 }
 
 install_packages
-mirror=$(debian_mirror)
-case $mirror in
-http://deb.debian.org/debian | https://deb.debian.org/debian) mirror= ;; # what mmdebstrap takes anyway
-esac
+# Where Debian comes from: what mmdebstrap takes by itself, unless the caller says.
+mirror=${PARTICLE_TEST_MIRROR:-}
 write_podman_settings
 make_oracle
 write_env
