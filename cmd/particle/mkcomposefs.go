@@ -193,10 +193,7 @@ func (o *mkcomposefsOptions) tree(ctx context.Context, stdin io.Reader) (*tree.T
 	}
 	store := newDigestStore(o.digestStore)
 	t, err := scan.Dir(ctx, o.source, store, o.scan)
-	if err != nil {
-		return nil, err
-	}
-	return t, store.sync()
+	return t, store.close(err)
 }
 
 // write writes the image, and gives its bytes to hasher if they are wanted.

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/particle-os/particle/converter/fsverity"
+	"github.com/particle-os/particle/converter/scan"
 )
 
 const conformanceDir = "../../converter/erofs/testdata/conformance"
@@ -231,14 +232,61 @@ func TestDigestStoreChanged(t *testing.T) {
 	store := newDigestStore(dir)
 	digest := fsverity.Sum(fsverity.SHA256, []byte("old content"))
 	object := filepath.Join(dir, digest.Path())
-	if err := store.store(f, object, digest); err == nil {
-		t.Error("a file was stored under a digest that it does not have")
+	if err := store.store(f, object, digest); !errors.Is(err, scan.ErrChanged) {
+		t.Errorf("got %v, want %v", err, scan.ErrChanged)
+	}
+	if err := store.close(nil); err != nil {
+		t.Error(err)
 	}
 	if _, err := os.Lstat(object); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the object is there: %v", err)
 	}
 	if got := filesBelow(t, dir); !slices.Equal(got, []string{"f"}) {
 		t.Errorf("left behind: %q", got)
+	}
+}
+
+// TestDigestStoreFailure checks that a failed scan leaves no temporary file.
+func TestDigestStoreFailure(t *testing.T) {
+	src, dir := t.TempDir(), t.TempDir()
+	writeFile(t, strings.Repeat("a", 100), src, "a")
+	store := newDigestStore(dir)
+	f, err := os.Open(filepath.Join(src, "a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := store.PutFile(context.Background(), f, 100); err != nil {
+		t.Fatal(err)
+	}
+	if got := filesBelow(t, dir); len(got) != 1 || !strings.HasPrefix(got[0], ".tmp") {
+		t.Errorf("before the end: got %q, want one temporary file", got)
+	}
+	want := errors.New("scan failed")
+	if err := store.close(want); !errors.Is(err, want) {
+		t.Errorf("got %v, want %v", err, want)
+	}
+	if got := filesBelow(t, dir); len(got) > 0 {
+		t.Errorf("left behind: %q", got)
+	}
+}
+
+// TestDigestStoreMany stores more objects than are made durable at a time.
+func TestDigestStoreMany(t *testing.T) {
+	src, dir := t.TempDir(), t.TempDir()
+	const count = maxPending + 10
+	for i := range count {
+		writeFile(t, fmt.Sprint(strings.Repeat("x", 100), i), src, fmt.Sprint(i))
+	}
+	mustRun(t, mkcomposefsMain, "", "--digest-store="+dir, "--print-digest-only", src)
+	objects := filesBelow(t, dir)
+	if len(objects) != count {
+		t.Errorf("got %d objects, want %d", len(objects), count)
+	}
+	for _, o := range objects {
+		if got := fsverity.Sum(fsverity.SHA256, []byte(readFile(t, dir, o))).Path(); got != o {
+			t.Errorf("object %s has the digest %s", o, got)
+		}
 	}
 }
 

@@ -23,7 +23,7 @@ type source struct {
 
 const (
 	pageSize = 64 << 10
-	maxPages = 256
+	maxPages = 64
 )
 
 func newSource(r io.ReaderAt, size int64) *source {
