@@ -48,11 +48,7 @@ func commit(ctx context.Context, st *store.Store, txn *store.Txn, raw, rawConfig
 		Images:   map[string]fsverity.Digest{},
 	}
 
-	configID := store.ConfigPrefix + res.Config.String()
 	refs := map[string]fsverity.Digest{}
-	if err := oldImages(st, configID, refs); err != nil {
-		return nil, err
-	}
 	for _, kind := range Kinds {
 		if kind == Bootable && !o.Bootable {
 			continue
@@ -70,13 +66,25 @@ func commit(ctx context.Context, st *store.Store, txn *store.Txn, raw, rawConfig
 		refs[refKeys[kind]] = d
 	}
 	warnSealed(merged, o)
+
+	// From reading what earlier conversions of this image made to adding to it no
+	// other may come between.
+	unlock, err := st.LockRefs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	configID := store.ConfigPrefix + res.Config.String()
+	manifestID := store.ManifestPrefix + res.Manifest.String()
+	if err := oldImages(st, configID, refs); err != nil {
+		return nil, err
+	}
 	for kind, key := range refKeys {
 		if d, ok := refs[key]; ok {
 			res.Images[kind.String()] = d
 		}
 	}
 
-	manifestID := store.ManifestPrefix + res.Manifest.String()
 	blobs, err := oldBlobs(st, manifestID)
 	if err != nil {
 		return nil, err
@@ -132,8 +140,9 @@ func oldImages(st *store.Store, configID string, refs map[string]fsverity.Digest
 		return err
 	}
 	defer old.Close()
+	named := old.NamedRefs()
 	for _, key := range refKeys {
-		if d, ok := old.NamedRefs()[key]; ok {
+		if d, ok := named[key]; ok && refs[key].IsZero() {
 			refs[key] = d
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"strings"
 	"sync"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -32,6 +33,9 @@ var (
 // 4 MiB (OCI distribution-spec, "Pushing Manifests").
 const maxJSON = 8 << 20
 
+// maxName limits names in bytes: each is the name of one file.
+const maxName = 255
+
 // Options say how to convert. The zero value is useful.
 type Options struct {
 	// Name is the tag under which the store keeps the image, "" for none: the image
@@ -50,8 +54,10 @@ type Options struct {
 	Architecture string
 	// Link lets files of a directory be hard-linked into the store instead of
 	// copied. The caller promises that nobody writes to them any more.
-	Link     bool
-	Progress Progress
+	Link bool
+	// CrossMounts takes what is mounted below a directory, too.
+	CrossMounts bool
+	Progress    Progress
 	// Warn is told what was settled in a way that the user may want to know.
 	Warn func(format string, args ...any)
 }
@@ -100,6 +106,9 @@ type aLayer struct {
 // fetched. On an error the store is left as it was.
 func Convert(ctx context.Context, img Image, st *store.Store, o Options) (_ *Result, err error) {
 	o.defaults()
+	if err := checkName(o.Name); err != nil {
+		return nil, err
+	}
 	raw, mediaType, err := img.Manifest(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("reading the manifest: %w", err)
@@ -132,6 +141,14 @@ func Convert(ctx context.Context, img Image, st *store.Store, o Options) (_ *Res
 		return nil, err
 	}
 	return commit(ctx, st, txn, raw, rawConfig, layers, o)
+}
+
+// checkName refuses names that the store could not keep, before anything is fetched.
+func checkName(name string) error {
+	if encoded := store.EncodeTag(name); len(encoded) > maxName || strings.ContainsRune(name, 0) || name == "." || name == ".." {
+		return fmt.Errorf("%w: %.40q has %d bytes as the store writes it, want 1 to %d and no zero bytes", store.ErrBadName, name, len(encoded), maxName)
+	}
+	return nil
 }
 
 // parseManifest reads an image manifest.
@@ -206,20 +223,32 @@ type fetch struct {
 	diffIDs []v1.Hash
 }
 
-// all reads the layers side by side, each diffID once.
+// A layerKey tells layers apart.
+type layerKey struct{ diffID, blob v1.Hash }
+
+// key tells which layers are the same: those of one diffID, and of one blob where
+// blobs are kept.
+func (f *fetch) key(i int) layerKey {
+	if f.keeps(i) {
+		return layerKey{f.diffIDs[i], f.descs[i].Digest}
+	}
+	return layerKey{diffID: f.diffIDs[i]}
+}
+
+// all reads the layers side by side, the same ones once.
 func (f *fetch) all(ctx context.Context) ([]*aLayer, error) {
 	for i := range f.descs {
 		f.progress(i, LayerWaiting, 0)
 	}
 	layers := make([]*aLayer, len(f.descs))
-	first := map[v1.Hash]int{}
+	first := map[layerKey]int{}
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(max(2, runtime.GOMAXPROCS(0)))
 	for i := range f.descs {
-		if _, ok := first[f.diffIDs[i]]; ok {
+		if _, ok := first[f.key(i)]; ok {
 			continue
 		}
-		first[f.diffIDs[i]] = i
+		first[f.key(i)] = i
 		g.Go(func() error {
 			l, err := f.one(gctx, i)
 			if err != nil {
@@ -237,7 +266,7 @@ func (f *fetch) all(ctx context.Context) ([]*aLayer, error) {
 	}
 	for i := range layers {
 		if layers[i] == nil { // the same layer again, as empty layers often are
-			again := *layers[first[f.diffIDs[i]]]
+			again := *layers[first[f.key(i)]]
 			layers[i] = &again
 			f.progress(i, LayerPresent, f.descs[i].Size)
 		}

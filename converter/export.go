@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"runtime"
+	"strconv"
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -24,9 +25,12 @@ type ExportOptions struct {
 	// Compression recompresses all layers: "none", "gzip" or "zstd"; "" is what the
 	// manifest says of each.
 	Compression string
-	// TempDir takes recompressed layers until the target has them, "" for the
-	// system's.
-	TempDir  string
+	// TempDir takes recompressed layers until the target has them; "" is $TMPDIR or
+	// /var/tmp.
+	TempDir string
+	// OCI makes an OCI manifest of a Docker one (schema 2), for targets that hold
+	// nothing else. The config's bytes stay; the manifest's digest cannot.
+	OCI      bool
 	Progress Progress
 }
 
@@ -48,22 +52,46 @@ func Export(ctx context.Context, st *store.Store, s *Stored, target Target, o Ex
 	if o.Progress == nil {
 		o.Progress = discard{}
 	}
+	release, err := st.Hold(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	if o.TempDir == "" {
+		// Not /tmp, which is memory on many systems: layers are large.
+		if o.TempDir = os.Getenv("TMPDIR"); o.TempDir == "" {
+			o.TempDir = "/var/tmp"
+		}
+	}
 	dir, err := os.MkdirTemp(o.TempDir, "particle-export-")
 	if err != nil {
 		return nil, fmt.Errorf("making a directory for compressed layers: %w", err)
 	}
 	defer os.RemoveAll(dir)
 
-	e := &export{st: st, s: s, target: target, o: o, dir: dir}
-	descs := make([]v1.Descriptor, len(s.descs))
+	m, err := parseManifest(s.RawManifest, "")
+	if err != nil {
+		return nil, err
+	}
+	if isDocker(m.MediaType) && (o.OCI || o.Compression == layer.Zstd.String()) {
+		// Docker's format knows no zstd.
+		m.MediaType = types.OCIManifestSchema1
+		m.Config.MediaType = types.OCIConfigJSON
+		for i := range m.Layers {
+			m.Layers[i].MediaType = ociLayer(m.Layers[i].MediaType)
+		}
+	}
+
+	e := &export{st: st, s: s, descs: m.Layers, target: target, o: o, dir: dir}
+	descs := make([]v1.Descriptor, len(m.Layers))
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(max(2, runtime.GOMAXPROCS(0)))
-	for i := range s.descs {
-		e.progress(i, LayerWaiting, s.descs[i].Size)
+	for i := range descs {
+		e.progress(i, LayerWaiting, 0)
 		g.Go(func() error {
 			d, err := e.layer(gctx, i)
 			if err != nil {
-				return fmt.Errorf("exporting layer %d of %d, %s: %w", i+1, len(s.descs), s.Layers[i], err)
+				return fmt.Errorf("exporting layer %d of %d, %s: %w", i+1, len(descs), s.Layers[i], err)
 			}
 			descs[i] = d
 			return nil
@@ -76,10 +104,6 @@ func Export(ctx context.Context, st *store.Store, s *Stored, target Target, o Ex
 		return nil, err
 	}
 
-	m, err := parseManifest(s.RawManifest, "")
-	if err != nil {
-		return nil, err
-	}
 	config := m.Config
 	err = target.PutBlob(ctx, config, func() (io.ReadCloser, error) {
 		return io.NopCloser(strings.NewReader(string(s.RawConfig))), nil
@@ -110,20 +134,21 @@ func mediaTypeOf(m *v1.Manifest) string {
 type export struct {
 	st     *store.Store
 	s      *Stored
+	descs  []v1.Descriptor // of the layers as the target is to have them, if nothing is compressed anew
 	target Target
 	o      ExportOptions
 	dir    string
 }
 
 func (e *export) progress(i int, s State, bytes int64) {
-	d := e.s.descs[i]
-	e.o.Progress.Progress(Event{Layer: i, Layers: len(e.s.descs), ID: d.Digest.String(), State: s, Bytes: bytes, Size: d.Size})
+	d := e.descs[i]
+	e.o.Progress.Progress(Event{Layer: i, Layers: len(e.descs), ID: d.Digest.String(), State: s, Bytes: bytes, Size: d.Size})
 }
 
 // layer gives one layer to the target and returns its descriptor.
 func (e *export) layer(ctx context.Context, i int) (v1.Descriptor, error) {
 	e.progress(i, LayerStarted, 0)
-	desc, diffID := e.s.descs[i], e.s.Layers[i]
+	desc, diffID := e.descs[i], e.s.Layers[i]
 	want, err := compressionOf(desc, diffID)
 	if err != nil {
 		return desc, err
@@ -136,18 +161,20 @@ func (e *export) layer(ctx context.Context, i int) (v1.Descriptor, error) {
 	}
 
 	var open func() (io.ReadCloser, error)
-	switch kept := store.BlobPrefix + desc.Digest.String(); {
-	case same && e.has(kept):
-		open = func() (io.ReadCloser, error) { return e.cat(kept, store.BlobStream) }
+	moved := func(n int64) { e.progress(i, LayerMoved, min(n, e.descs[i].Size)) }
+	kept, isKept := e.s.blobs[desc.Digest]
+	switch {
+	case same && isKept:
+		open = func() (io.ReadCloser, error) { return e.st.OpenStreamDigest(kept, store.BlobStream) }
 	case want == layer.None:
-		size, err := e.size(diffID)
+		size, err := e.size(i)
 		if err != nil {
 			return desc, err
 		}
 		if !same {
 			desc = describe(desc, diffID, size, want)
 		}
-		open = func() (io.ReadCloser, error) { return e.cat(store.LayerPrefix+diffID.String(), store.LayerStream) }
+		open = func() (io.ReadCloser, error) { return e.st.OpenStreamDigest(e.s.streams[i], store.LayerStream) }
 	default:
 		name, digest, size, err := e.compress(ctx, i, want)
 		if err != nil {
@@ -157,6 +184,7 @@ func (e *export) layer(ctx context.Context, i int) (v1.Descriptor, error) {
 		if digest != desc.Digest {
 			desc = describe(desc, digest, size, want)
 		}
+		moved = nil
 		open = func() (io.ReadCloser, error) { return os.Open(name) }
 	}
 
@@ -165,15 +193,18 @@ func (e *export) layer(ctx context.Context, i int) (v1.Descriptor, error) {
 		if err != nil {
 			return nil, err
 		}
+		if moved == nil {
+			return r, nil
+		}
 		return struct {
 			io.Reader
 			io.Closer
-		}{&counted{r: r, moved: func(n int64) { e.progress(i, LayerMoved, min(n, e.s.descs[i].Size)) }}, r}, nil
+		}{&counted{r: r, moved: moved}, r}, nil
 	})
 	if err != nil {
 		return desc, err
 	}
-	e.progress(i, LayerDone, e.s.descs[i].Size)
+	e.progress(i, LayerDone, e.descs[i].Size)
 	return desc, nil
 }
 
@@ -196,7 +227,7 @@ func compressionOf(d v1.Descriptor, diffID v1.Hash) (layer.Compression, error) {
 // describe returns the descriptor of the same layer with other bytes. Annotations
 // may speak of the old bytes (a table of contents' offset, say) and go.
 func describe(d v1.Descriptor, digest v1.Hash, size int64, c layer.Compression) v1.Descriptor {
-	docker := strings.HasPrefix(string(d.MediaType), "application/vnd.docker.")
+	docker := isDocker(d.MediaType)
 	switch {
 	case docker && c == layer.None:
 		d.MediaType = types.DockerUncompressedLayer
@@ -213,9 +244,27 @@ func describe(d v1.Descriptor, digest v1.Hash, size int64, c layer.Compression) 
 	return d
 }
 
+// isDocker reports whether a media type is one of Docker's image manifest schema 2.
+func isDocker(t types.MediaType) bool {
+	return strings.HasPrefix(string(t), "application/vnd.docker.")
+}
+
+// ociLayer returns OCI's name of a type of layers.
+func ociLayer(t types.MediaType) types.MediaType {
+	switch t {
+	case types.DockerLayer:
+		return types.OCILayer
+	case types.DockerUncompressedLayer:
+		return types.OCIUncompressedLayer
+	case types.DockerForeignLayer:
+		return types.OCIRestrictedLayer
+	}
+	return t
+}
+
 // size returns the uncompressed size of a layer in bytes.
-func (e *export) size(diffID v1.Hash) (int64, error) {
-	r, err := e.st.OpenStream(store.LayerPrefix+diffID.String(), store.LayerStream)
+func (e *export) size(i int) (int64, error) {
+	r, err := e.st.OpenStreamDigest(e.s.streams[i], store.LayerStream)
 	if err != nil {
 		return 0, err
 	}
@@ -223,20 +272,9 @@ func (e *export) size(diffID v1.Hash) (int64, error) {
 	return r.Size(), nil
 }
 
-// cat opens the bytes of a stream.
-func (e *export) cat(id string, content uint64) (io.ReadCloser, error) {
-	return e.st.OpenStream(id, content)
-}
-
-// has reports whether the store has a stream.
-func (e *export) has(id string) bool {
-	_, err := e.st.StreamDigest(id)
-	return err == nil
-}
-
 // compress writes a layer to a file and returns its name, digest and size.
 func (e *export) compress(ctx context.Context, i int, c layer.Compression) (name string, digest v1.Hash, size int64, err error) {
-	r, err := e.cat(store.LayerPrefix+e.s.Layers[i].String(), store.LayerStream)
+	r, err := e.st.OpenStreamDigest(e.s.streams[i], store.LayerStream)
 	if err != nil {
 		return "", v1.Hash{}, 0, err
 	}
@@ -251,7 +289,11 @@ func (e *export) compress(ctx context.Context, i int, c layer.Compression) (name
 	if err != nil {
 		return "", v1.Hash{}, 0, err
 	}
-	if _, err := io.Copy(w, &interrupted{ctx, r}); err != nil {
+	// Compressing is the work; what follows is told as no progress.
+	from := &counted{r: &interrupted{ctx, r}, moved: func(n int64) {
+		e.progress(i, LayerMoved, int64(float64(n)/float64(max(r.Size(), 1))*float64(e.descs[i].Size)))
+	}}
+	if _, err := io.Copy(w, from); err != nil {
 		return "", v1.Hash{}, 0, err
 	}
 	if err := w.Close(); err != nil {
@@ -277,12 +319,18 @@ func (r *interrupted) Read(p []byte) (int, error) {
 	return r.r.Read(p)
 }
 
-// withLayers returns the manifest with other layer descriptors: the very bytes where
-// none differs, and otherwise the same document with all fields that we do not know.
+// withLayers returns the manifest raw with m's media types and other layer
+// descriptors: the very bytes where nothing differs, and otherwise the same document
+// with all fields that we do not know.
 func withLayers(raw []byte, m *v1.Manifest, descs []v1.Descriptor) ([]byte, error) {
-	same := true
+	old, err := parseManifest(raw, "")
+	if err != nil {
+		return nil, err
+	}
+	same := old.MediaType == m.MediaType
 	for i, d := range descs {
-		same = same && d.Digest == m.Layers[i].Digest && d.Size == m.Layers[i].Size && d.MediaType == m.Layers[i].MediaType
+		was := old.Layers[i]
+		same = same && d.Digest == was.Digest && d.Size == was.Size && d.MediaType == was.MediaType
 	}
 	if same {
 		return raw, nil
@@ -296,5 +344,12 @@ func withLayers(raw []byte, m *v1.Manifest, descs []v1.Descriptor) ([]byte, erro
 		return nil, err
 	}
 	doc["layers"] = layers
+	if old.MediaType != m.MediaType {
+		config, err := json.Marshal(m.Config)
+		if err != nil {
+			return nil, err
+		}
+		doc["mediaType"], doc["config"] = json.RawMessage(strconv.Quote(string(m.MediaType))), config
+	}
 	return json.Marshal(doc) // keys come sorted
 }

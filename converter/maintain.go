@@ -21,7 +21,22 @@ func GC(ctx context.Context, st *store.Store, o store.GCOptions) (store.GCStats,
 // Fsck looks for damage and returns what it found.
 func Fsck(ctx context.Context, st *store.Store, o store.FsckOptions) (*store.FsckReport, error) {
 	o.ImageObjects = imageObjects
-	return st.Fsck(ctx, o)
+	report, err := st.Fsck(ctx, o)
+	if err != nil || !report.Clean() {
+		return report, err
+	}
+	// The structure is sound; now what the streams say of images.
+	all, err := List(st)
+	for _, s := range all {
+		if s.Damage != "" {
+			report.Problems = append(report.Problems, store.Problem{
+				Path:    string(store.Streams) + "/" + store.ManifestPrefix + s.Manifest.String(),
+				Problem: s.Damage,
+				Advice:  "remove the image's names with particle rm, convert or pull it again",
+			})
+		}
+	}
+	return report, err
 }
 
 // DF tells what the store's disk space is used for.

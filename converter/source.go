@@ -10,7 +10,9 @@ import (
 	"hash"
 	"io"
 	"os"
+	"path/filepath"
 	"runtime"
+	"sync/atomic"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -26,7 +28,10 @@ import (
 
 // ConvertTar brings a root file system's tar archive into the store, compressed or
 // not, as an image of one layer. The layer is the archive's own uncompressed bytes.
-func ConvertTar(ctx context.Context, r io.Reader, st *store.Store, o Options) (*Result, error) {
+// size is that of the archive, for the progress; 0 where nobody knows.
+func ConvertTar(ctx context.Context, r io.Reader, size int64, st *store.Store, o Options) (*Result, error) {
+	o.defaults()
+	r = &counted{r: r, moved: func(n int64) { o.one(LayerMoved, n, size) }}
 	return convertOne(ctx, st, o, func(txn *store.Txn) (*aLayer, error) {
 		stream := txn.NewStream(store.LayerStream)
 		res, err := layer.Read(ctx, r, txn, stream, layer.Options{MaxSize: o.MaxLayerSize})
@@ -66,11 +71,16 @@ func imageArchive(t *tree.Tree) string {
 }
 
 // ConvertDir brings a directory into the store as an image of one layer. Sockets
-// are left out: no archive can hold them.
+// are left out: no archive can hold them. What is mounted below is left out too,
+// unless o says otherwise.
 func ConvertDir(ctx context.Context, dir string, st *store.Store, o Options) (*Result, error) {
+	o.defaults()
+	if inside, err := isBelow(st.Dir(), dir); err != nil || inside {
+		return nil, errors.Join(err, fmt.Errorf("the store %q lies in the directory %q: --store names another", st.Dir(), dir))
+	}
 	return convertOne(ctx, st, o, func(txn *store.Txn) (*aLayer, error) {
 		txn.SetImmutableSources(o.Link)
-		t, err := scan.Dir(ctx, dir, txn, scan.Options{})
+		t, err := scan.Dir(ctx, dir, &countedFiles{Txn: txn, o: &o}, scan.Options{OneFileSystem: !o.CrossMounts})
 		if err != nil {
 			return nil, err
 		}
@@ -89,9 +99,11 @@ func ConvertComposefs(ctx context.Context, image *os.File, open func(path string
 	if err != nil {
 		return nil, fmt.Errorf("reading %q: %w", image.Name(), err)
 	}
+	o.defaults()
 	return convertOne(ctx, st, o, func(txn *store.Txn) (*aLayer, error) {
 		// The tree is ours alone until it is recorded, so its files may be set.
 		done := map[*tree.File]bool{}
+		bytes := int64(0)
 		err := t.Walk(func(path string, n *tree.Node) error {
 			if !n.IsRegular() || n.File == nil || n.File.Path() == "" || done[n.File] {
 				return nil
@@ -100,6 +112,8 @@ func ConvertComposefs(ctx context.Context, image *os.File, open func(path string
 			if err := importObject(ctx, txn, n.File, open); err != nil {
 				return fmt.Errorf("importing %q: %w", path, err)
 			}
+			bytes += n.File.Size
+			o.one(LayerMoved, bytes, 0)
 			return nil
 		})
 		if err != nil {
@@ -107,6 +121,41 @@ func ConvertComposefs(ctx context.Context, image *os.File, open func(path string
 		}
 		return recordTree(ctx, txn, t, o)
 	})
+}
+
+// isBelow reports whether a path is a directory or lies below it.
+func isBelow(path, dir string) (bool, error) {
+	for _, p := range []*string{&path, &dir} {
+		real, err := filepath.EvalSymlinks(*p)
+		if err != nil {
+			return false, err
+		}
+		if *p, err = filepath.Abs(real); err != nil {
+			return false, err
+		}
+	}
+	rel, err := filepath.Rel(dir, path)
+	return err == nil && filepath.IsLocal(rel), nil
+}
+
+// countedFiles tells how many bytes of files were stored.
+type countedFiles struct {
+	*store.Txn
+	o *Options
+	n atomic.Int64
+}
+
+func (c *countedFiles) PutFile(ctx context.Context, f *os.File, size int64) (fsverity.Digest, error) {
+	d, err := c.Txn.PutFile(ctx, f, size)
+	if err == nil {
+		c.o.one(LayerMoved, c.n.Add(size), 0)
+	}
+	return d, err
+}
+
+// one tells how far the only layer of an image is.
+func (o *Options) one(s State, bytes, size int64) {
+	o.Progress.Progress(Event{Layers: 1, ID: o.Name, State: s, Bytes: bytes, Size: size})
 }
 
 // importObject copies the object of a file into the store and checks its digest.
@@ -120,8 +169,16 @@ func importObject(ctx context.Context, txn *store.Txn, f *tree.File, open func(s
 	if err != nil {
 		return err
 	}
-	if !f.Object.IsZero() && f.Object.Algorithm() == d.Algorithm() && f.Object != d {
-		return fmt.Errorf("object %s has the fs-verity digest %s: it was changed", f.Path(), d)
+	if want := f.Object; !want.IsZero() {
+		got := d
+		if want.Algorithm() != d.Algorithm() {
+			if got, _, err = fsverity.Read(want.Algorithm(), io.NewSectionReader(obj, 0, f.Size)); err != nil {
+				return err
+			}
+		}
+		if got != want {
+			return fmt.Errorf("object %s has the fs-verity digest %s: it was changed", f.Path(), got)
+		}
 	}
 	f.Object, f.Payload = d, ""
 	return nil
@@ -194,7 +251,9 @@ func closeLayer(stream *store.StreamWriter, diffID string, size int64, t *tree.T
 
 // convertOne makes an image of one layer, with a manifest and a config of our own.
 func convertOne(ctx context.Context, st *store.Store, o Options, read func(*store.Txn) (*aLayer, error)) (_ *Result, err error) {
-	o.defaults()
+	if err := checkName(o.Name); err != nil {
+		return nil, err
+	}
 	txn, err := st.Begin(ctx)
 	if err != nil {
 		return nil, err
@@ -211,6 +270,7 @@ func convertOne(ctx context.Context, st *store.Store, o Options, read func(*stor
 		}
 		return nil, err
 	}
+	o.one(LayerDone, l.Size, l.Size)
 	raw, rawConfig, err := describeLayer(l, o)
 	if err != nil {
 		return nil, err

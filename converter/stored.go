@@ -26,9 +26,27 @@ type Stored struct {
 	OS       string                     `json:"os"`
 	Size     int64                      `json:"size"` // uncompressed bytes of all layers
 
-	RawManifest []byte `json:"-"`
-	RawConfig   []byte `json:"-"`
-	descs       []v1.Descriptor
+	// Damage says why the image cannot be read, "" if it can. All else but Names may
+	// be missing then.
+	Damage string `json:"damage,omitempty"`
+
+	RawManifest []byte                      `json:"-"`
+	RawConfig   []byte                      `json:"-"`
+	streams     []fsverity.Digest           // of the layers
+	blobs       map[v1.Hash]fsverity.Digest // streams of kept compressed layers
+}
+
+// Digests returns the digests of the layers as the manifest has them.
+func (s *Stored) Digests() []v1.Hash {
+	m, err := parseManifest(s.RawManifest, "")
+	if err != nil {
+		return nil // a damaged image
+	}
+	var all []v1.Hash
+	for _, l := range m.Layers {
+		all = append(all, l.Digest)
+	}
+	return all
 }
 
 // Find returns the image of a name: a tag, the digest of its manifest or config, or
@@ -46,7 +64,7 @@ func Find(st *store.Store, name string) (*Stored, error) {
 	}
 	hex := strings.TrimPrefix(name, "sha256:")
 	if len(hex) < 6 || strings.Trim(hex, "0123456789abcdef") != "" {
-		return nil, fmt.Errorf("looking for %q in %s: %w; particle images lists what there is", name, st.Dir(), ErrNotFound)
+		return nil, notFound(st, name)
 	}
 	all, err := List(st)
 	if err != nil {
@@ -64,11 +82,15 @@ func Find(st *store.Store, name string) (*Stored, error) {
 	}
 	switch len(found) {
 	case 0:
-		return nil, fmt.Errorf("looking for %q in %s: %w; particle images lists what there is", name, st.Dir(), ErrNotFound)
+		return nil, notFound(st, name)
 	case 1:
-		return found[0], nil
+		return load(st, store.ManifestPrefix+found[0].Manifest.String(), found[0].Names)
 	}
 	return nil, fmt.Errorf("looking for %q in %s: %w (%d of them): give more digits", name, st.Dir(), ErrAmbiguous, len(found))
+}
+
+func notFound(st *store.Store, name string) error {
+	return fmt.Errorf("looking for %.200q in %s: %w; particle images lists what there is", name, st.Dir(), ErrNotFound)
 }
 
 // List returns all images of a store, sorted by their first name; those without a
@@ -96,7 +118,8 @@ func List(st *store.Store) ([]*Stored, error) {
 		slices.Sort(names[id])
 		s, err := load(st, id, names[id])
 		if err != nil {
-			return nil, err
+			s = &Stored{Names: names[id], Damage: err.Error()}
+			s.Manifest, _ = v1.NewHash(strings.TrimPrefix(id, store.ManifestPrefix))
 		}
 		all = append(all, s)
 	}
@@ -109,27 +132,41 @@ func List(st *store.Store) ([]*Stored, error) {
 	return all, nil
 }
 
-// load reads the manifest of a stream and all that it refers to.
-func load(st *store.Store, id string, names []string) (*Stored, error) {
-	s := &Stored{Names: names, Images: map[string]fsverity.Digest{}}
-	raw, refs, err := readStream(st, id, store.ManifestStream)
+// load reads the manifest of a stream and all that it refers to. It goes by the
+// digests in the manifest's stream: the content ids of config and layers may have come
+// to name other streams, of another conversion.
+func load(st *store.Store, id string, names []string) (_ *Stored, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("reading image %s: %w", strings.TrimPrefix(id, store.ManifestPrefix), err)
+		}
+	}()
+	d, err := st.StreamDigest(id)
+	if err != nil {
+		return nil, err
+	}
+	raw, refs, err := readStream(st, d, store.ManifestStream)
 	if err != nil {
 		return nil, err
 	}
 	m, err := parseManifest(raw, "")
 	if err != nil {
-		return nil, fmt.Errorf("reading %s: %w", id, err)
-	}
-	s.RawManifest, s.Manifest, s.Config, s.descs = raw, hashOf(raw), m.Config.Digest, m.Layers
-	if _, ok := refs[configPrefix+s.Config.String()]; !ok {
-		return nil, fmt.Errorf("reading %s: it does not refer to its config %s: the store is damaged, see particle store fsck", id, s.Config)
-	}
-	s.RawConfig, refs, err = readStream(st, store.ConfigPrefix+s.Config.String(), store.ConfigStream)
-	if err != nil {
 		return nil, err
 	}
+	s := &Stored{
+		Names: names, RawManifest: raw, Manifest: hashOf(raw), Config: m.Config.Digest,
+		Images: map[string]fsverity.Digest{}, blobs: map[v1.Hash]fsverity.Digest{},
+	}
+	config, ok := refs[configPrefix+s.Config.String()]
+	if !ok {
+		return nil, fmt.Errorf("%w: its stream does not refer to its config %s", store.ErrCorrupt, s.Config)
+	}
+	var images map[string]fsverity.Digest
+	if s.RawConfig, images, err = readStream(st, config, store.ConfigStream); err != nil {
+		return nil, fmt.Errorf("config %s: %w", s.Config, err)
+	}
 	if s.Layers, err = parseDiffIDs(s.RawConfig, len(m.Layers)); err != nil {
-		return nil, fmt.Errorf("reading config %s: %w", s.Config, err)
+		return nil, err
 	}
 	var c struct {
 		Created      time.Time `json:"created"`
@@ -137,40 +174,45 @@ func load(st *store.Store, id string, names []string) (*Stored, error) {
 		OS           string    `json:"os"`
 	}
 	if err := json.Unmarshal(s.RawConfig, &c); err != nil {
-		return nil, fmt.Errorf("reading config %s: %w: %v", s.Config, ErrManifest, err)
+		return nil, fmt.Errorf("config %s: %w: %v", s.Config, ErrManifest, err)
 	}
 	s.Created, s.Arch, s.OS = c.Created, c.Architecture, c.OS
 	for kind, key := range refKeys {
-		if d, ok := refs[key]; ok {
+		if d, ok := images[key]; ok {
 			s.Images[kind.String()] = d
 		}
 	}
-	for _, diffID := range s.Layers {
-		l, err := st.OpenStream(store.LayerPrefix+diffID.String(), store.LayerStream)
+	for i, diffID := range s.Layers {
+		d, ok := refs[diffID.String()]
+		if !ok {
+			return nil, fmt.Errorf("%w: its stream does not refer to layer %s", store.ErrCorrupt, diffID)
+		}
+		l, err := st.OpenStreamDigest(d, store.LayerStream)
 		if err != nil {
-			return nil, fmt.Errorf("reading layer %s of %s: %w", diffID, id, err)
+			return nil, fmt.Errorf("layer %s: %w", diffID, err)
 		}
 		s.Size += l.Size()
 		l.Close()
+		s.streams = append(s.streams, d)
+		if blob, ok := refs[blobPrefix+m.Layers[i].Digest.String()]; ok {
+			s.blobs[m.Layers[i].Digest] = blob
+		}
 	}
 	return s, nil
 }
 
 // readStream reads a small stream whole.
-func readStream(st *store.Store, id string, content uint64) ([]byte, map[string]fsverity.Digest, error) {
-	r, err := st.OpenStream(id, content)
+func readStream(st *store.Store, d fsverity.Digest, content uint64) ([]byte, map[string]fsverity.Digest, error) {
+	r, err := st.OpenStreamDigest(d, content)
 	if err != nil {
 		return nil, nil, err
 	}
 	defer r.Close()
 	if r.Size() > maxJSON {
-		return nil, nil, fmt.Errorf("reading %s: %w: got %d bytes, want at most %d", id, ErrManifest, r.Size(), maxJSON)
+		return nil, nil, fmt.Errorf("%w: got %d bytes, want at most %d", ErrManifest, r.Size(), maxJSON)
 	}
 	raw, err := io.ReadAll(r)
-	if err != nil {
-		return nil, nil, fmt.Errorf("reading %s: %w", id, err)
-	}
-	return raw, r.NamedRefs(), nil
+	return raw, r.NamedRefs(), err
 }
 
 // Remove removes a name from the store, or all names of the image that a digest

@@ -74,6 +74,16 @@ func compareWithPodman(t *testing.T, dir, name string) {
 	if a, b := run(t, "sh", "-c", list, "sh", theirs), run(t, "sh", "-c", list, "sh", ours); a != b {
 		t.Errorf("%s: find prints other lines:\n%s", name, firstDifference(a, b))
 	}
+	// Link groups by inode number, device numbers, and xattrs.
+	groups := `cd "$1" && find . -type f -links +1 -printf '%i %P\n' | LC_ALL=C sort -k2 | awk '{ if (!($1 in g)) g[$1] = ++n; $1 = g[$1]; print }' &&
+		find . \( -type c -o -type b \) -exec stat -c '%n %t:%T' {} + | LC_ALL=C sort`
+	if a, b := run(t, "sh", "-c", groups, "sh", theirs), run(t, "sh", "-c", groups, "sh", ours); onlyGroups(a) != onlyGroups(b) {
+		t.Errorf("%s: links or devices differ:\n%s", name, firstDifference(onlyGroups(a), onlyGroups(b)))
+	}
+	xattrs := `cd "$1" && find . -mindepth 1 -print0 | LC_ALL=C sort -z | xargs -0 getfattr -h -d -m - -e hex -- 2>/dev/null || true`
+	if a, b := run(t, "sh", "-c", xattrs, "sh", theirs), run(t, "sh", "-c", xattrs, "sh", ours); a != b {
+		t.Errorf("%s: xattrs differ:\n%s", name, firstDifference(a, b))
+	}
 	sums := `cd "$1" && find . -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum`
 	if a, b := run(t, "sh", "-c", sums, "sh", theirs), run(t, "sh", "-c", sums, "sh", ours); a != b {
 		t.Errorf("%s: contents differ: %s and %s", name, a, b)
@@ -81,6 +91,31 @@ func compareWithPodman(t *testing.T, dir, name string) {
 	if len(c.Images["rootfs"]) != 64 {
 		t.Errorf("%s: no rootfs image in %v", name, c.Images)
 	}
+}
+
+// onlyGroups leaves out the groups of one name: overlayfs counts links that an upper
+// layer has deleted.
+func onlyGroups(list string) string {
+	names := map[string][]string{}
+	var order, rest []string
+	for line := range strings.Lines(list) {
+		group, name, ok := strings.Cut(line, " ")
+		if !ok || strings.HasPrefix(group, "./") {
+			rest = append(rest, line)
+			continue
+		}
+		if names[group] == nil {
+			order = append(order, group)
+		}
+		names[group] = append(names[group], name)
+	}
+	var b strings.Builder
+	for _, group := range order {
+		if len(names[group]) > 1 {
+			b.WriteString(strings.Join(names[group], "= "))
+		}
+	}
+	return b.String() + strings.Join(rest, "")
 }
 
 // firstDifference returns the first line that differs between two lists.

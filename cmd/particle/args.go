@@ -19,8 +19,8 @@ func arrange(app *cli.App, args []string) ([]string, error) {
 
 	for i := 1; i < len(args); i++ {
 		arg := args[i]
-		if arg == "--" {
-			rest = append(rest, args[i:]...)
+		if arg == "--" || arg == "--generate-bash-completion" {
+			rest = append(rest, args[i:]...) // the latter is looked for at the end
 			break
 		}
 		if len(arg) > 1 && arg[0] == '-' {

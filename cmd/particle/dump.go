@@ -3,12 +3,12 @@ package main
 import (
 	"bufio"
 	"fmt"
+	"io"
 	"os"
 	"text/tabwriter"
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/particle-os/particle/converter"
 	"github.com/particle-os/particle/converter/dump"
 	"github.com/particle-os/particle/converter/erofs"
 	"github.com/particle-os/particle/converter/fsverity"
@@ -16,52 +16,6 @@ import (
 	"github.com/particle-os/particle/converter/store"
 	"github.com/particle-os/particle/converter/tree"
 )
-
-// kindFlag selects one of the composefs images made of an OCI image.
-func kindFlag() cli.Flag {
-	return &cli.StringFlag{Name: "kind", Value: converter.Rootfs.String(), Usage: "which image: `rootfs|merged|bootable`"}
-}
-
-func kindOf(c *cli.Context) (converter.Kind, error) {
-	k, err := converter.ParseKind(c.String("kind"))
-	if err != nil {
-		return k, usageError{fmt.Errorf("--kind: %w", err)}
-	}
-	return k, nil
-}
-
-// openImage opens a composefs image: a file of that path, or an image of the store.
-func openImage(t *term, c *cli.Context, name string) (*os.File, error) {
-	kind, err := kindOf(c)
-	if err != nil {
-		return nil, err
-	}
-	if fi, err := os.Stat(name); err == nil && fi.Mode().IsRegular() {
-		return os.Open(name)
-	}
-	st, err := readStore(t, c)
-	if err != nil {
-		return nil, err
-	}
-	s, err := converter.Find(st, name)
-	if err != nil {
-		return nil, err
-	}
-	return converter.OpenImage(st, s, kind)
-}
-
-// readTree reads the tree of a composefs image.
-func readTree(f *os.File) (*tree.Tree, error) {
-	fi, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	t, err := erofs.Read(f, fi.Size())
-	if err != nil {
-		return nil, fmt.Errorf("reading %q: %w", f.Name(), err)
-	}
-	return t, nil
-}
 
 func newDumpCommand(t *term) *cli.Command {
 	return &cli.Command{
@@ -78,7 +32,7 @@ func newDumpCommand(t *term) *cli.Command {
 				return err
 			}
 			defer f.Close()
-			tr, err := readTree(f)
+			tr, err := f.tree()
 			if err != nil {
 				return err
 			}
@@ -137,8 +91,8 @@ func newInfoCommand(t *term) *cli.Command {
 	}
 }
 
-func describeImage(f *os.File) (*imageInfo, error) {
-	tr, err := readTree(f)
+func describeImage(f *image) (*imageInfo, error) {
+	tr, err := f.tree()
 	if err != nil {
 		return nil, err
 	}
@@ -164,10 +118,15 @@ func describeImage(f *os.File) (*imageInfo, error) {
 		return nil
 	})
 	info.Inodes, info.Objects = len(seen), len(objects)
-	if _, err := f.Seek(0, 0); err != nil {
-		return nil, err
+	// A file has digests of both algorithms; the one that its objects have is meant.
+	alg := fsverity.SHA256
+	for d := range objects {
+		alg = d.Algorithm()
 	}
-	info.Digest, info.Size, err = fsverity.Read(fsverity.SHA256, f)
+	if f.store != nil {
+		alg = f.store.Algorithm()
+	}
+	info.Digest, info.Size, err = fsverity.Read(alg, io.NewSectionReader(f, 0, 1<<62))
 	return info, err
 }
 
@@ -177,7 +136,8 @@ func newDiffCommand(t *term) *cli.Command {
 		Usage:     "compare two images or directories, path by path",
 		ArgsUsage: "A B",
 		Description: "A and B are names of images in the store, composefs images or directories. Compared\n" +
-			"are names, types, modes, owners, times, sizes, contents, links, devices and xattrs.\n" +
+			"are names, types, modes, owners, times, sizes, contents, links, devices and xattrs, and\n" +
+			"of a directory what is not mounted below it.\n" +
 			"The exit status is 1 where they differ.",
 		Flags: []cli.Flag{
 			kindFlag(),
@@ -233,12 +193,12 @@ func anyTree(t *term, c *cli.Context, name string) (*tree.Tree, error) {
 		if st, err := store.Open(c.String("store")); err == nil {
 			alg = st.Algorithm()
 		}
-		return scan.Dir(c.Context, name, scan.Hash(alg), scan.Options{})
+		return scan.Dir(c.Context, name, scan.Hash(alg), scan.Options{OneFileSystem: true})
 	}
 	f, err := openImage(t, c, name)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	return readTree(f)
+	return f.tree()
 }

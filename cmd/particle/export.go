@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"text/tabwriter"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/urfave/cli/v2"
 
 	"github.com/particle-os/particle/converter"
@@ -47,6 +49,9 @@ func runExport(t *term, c *cli.Context, name, target string) (err error) {
 	if err != nil {
 		return usageError{err}
 	}
+	if ref.Transport == registry.DockerArchive && c.IsSet("compression") {
+		return usagef("a docker-archive has plain layers: leave --compression out")
+	}
 	ro, err := registryOptions(c)
 	if err != nil {
 		return err
@@ -60,7 +65,12 @@ func runExport(t *term, c *cli.Context, name, target string) (err error) {
 		return err
 	}
 	res, err := exportTo(c.Context, t, ref, ro, func(ctx context.Context, target converter.Target, p converter.Progress) (*converter.ExportResult, error) {
-		return converter.Export(ctx, st, s, target, converter.ExportOptions{Compression: c.String("compression"), Progress: p})
+		return converter.Export(ctx, st, s, target, converter.ExportOptions{
+			Compression: c.String("compression"),
+			// What reads OCI layouts finds no Docker manifests in them.
+			OCI:      ref.Transport == registry.OCILayout || ref.Transport == registry.OCIArchive,
+			Progress: p,
+		})
 	})
 	if err != nil {
 		return fmt.Errorf("exporting %s to %s: %w", name, target, err)
@@ -70,17 +80,33 @@ func runExport(t *term, c *cli.Context, name, target string) (err error) {
 	}
 	w := tabwriter.NewWriter(t.out, 0, 0, 2, ' ', 0)
 	defer w.Flush()
-	same := "as converted"
-	if !res.Same {
-		same = "new: layers were compressed anew; convert with --keep-blobs to keep it"
-		if c.String("compression") != "" {
-			same = "new: layers were compressed as asked"
-		}
-	}
 	fmt.Fprintf(w, "target\t%s\n", ref)
-	fmt.Fprintf(w, "manifest\t%s (%s)\n", res.Manifest, same)
+	if ref.Transport != registry.DockerArchive { // it has a manifest of its own kind
+		fmt.Fprintf(w, "manifest\t%s (%s)\n", res.Manifest, whySame(c, s, res))
+	}
 	fmt.Fprintf(w, "config\t%s (as converted)\n", res.Config)
 	return nil
+}
+
+// whySame says how the exported manifest relates to the converted one.
+func whySame(c *cli.Context, s *converter.Stored, res *converter.ExportResult) string {
+	switch {
+	case res.Same:
+		return "as converted"
+	case c.String("compression") != "":
+		return "new: layers were compressed as asked"
+	case slices.Equal(s.Digests(), digests(res.Layers)):
+		return "new: OCI's form of a Docker manifest"
+	}
+	return "new: layers were compressed anew; convert with --keep-blobs to keep it"
+}
+
+func digests(layers []v1.Descriptor) []v1.Hash {
+	var all []v1.Hash
+	for _, l := range layers {
+		all = append(all, l.Digest)
+	}
+	return all
 }
 
 func checkCompression(s string) error {

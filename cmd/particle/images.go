@@ -38,11 +38,17 @@ func newImagesCommand(t *term) *cli.Command {
 			w := tabwriter.NewWriter(t.out, 0, 0, 2, ' ', 0)
 			fmt.Fprintln(w, "NAME\tMANIFEST\tLAYERS\tSIZE\tCREATED\tIMAGES")
 			for _, s := range all {
+				if s.Damage != "" {
+					t.warnf("%s", s.Damage)
+				}
 				names := s.Names
 				if len(names) == 0 {
 					names = []string{"<none>"}
 				}
 				var kinds []string
+				if s.Damage != "" {
+					kinds = []string{"damaged"}
+				}
 				for _, k := range converter.Kinds {
 					if _, ok := s.Images[k.String()]; ok {
 						kinds = append(kinds, k.String())
@@ -116,10 +122,12 @@ func newRmCommand(t *term) *cli.Command {
 		Usage:       "remove images from the store",
 		ArgsUsage:   "NAME...",
 		Description: "A tag is removed by its name, all tags of an image by a digest. Disk is freed by\nparticle store gc.",
+		Flags:       []cli.Flag{&cli.BoolFlag{Name: "json", Usage: "print the removed names as JSON"}},
 		Action: func(c *cli.Context) error {
 			if c.NArg() == 0 {
 				return usagef("rm takes the NAMEs of images, got none")
 			}
+			all := []string{}
 			st, err := readStore(t, c)
 			if err != nil {
 				return err
@@ -129,9 +137,16 @@ func newRmCommand(t *term) *cli.Command {
 				if err != nil {
 					return fmt.Errorf("removing %s: %w", name, err)
 				}
-				for _, tag := range removed {
-					t.printf("%s\n", tag)
+				if len(removed) == 0 {
+					t.infof("image %s has no name: particle store gc removes it", name)
 				}
+				all = append(all, removed...)
+			}
+			if c.Bool("json") {
+				return t.printJSON(all)
+			}
+			for _, tag := range all {
+				t.printf("%s\n", tag)
 			}
 			return nil
 		},

@@ -1,16 +1,19 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"text/tabwriter"
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/particle-os/particle/converter"
 	"github.com/particle-os/particle/converter/fsverity"
 	"github.com/particle-os/particle/converter/mount"
+	"github.com/particle-os/particle/converter/store"
 )
 
 // mountsDir is where images are mounted that nobody gave a place.
@@ -59,11 +62,15 @@ func runMount(t *term, c *cli.Context, name, target string) error {
 	made := target == ""
 	if made {
 		target = filepath.Join(mountsDir, o.Name)
-		if err := os.MkdirAll(target, 0o755); err != nil {
-			return fmt.Errorf("making a directory to mount on: %w", err)
+		if all, err := mount.List(); err == nil && slices.ContainsFunc(all, func(m mount.Mounted) bool { return m.Target == target }) {
+			return fmt.Errorf("%s is mounted already, on %s", name, target)
 		}
+		err = os.MkdirAll(target, 0o755)
 	}
-	st, err := mount.Mount(target, o)
+	var st mount.State
+	if err == nil {
+		st, err = mount.Mount(target, o)
+	}
 	if err != nil {
 		if made {
 			os.Remove(target)
@@ -96,55 +103,87 @@ func mountOptions(t *term, c *cli.Context, name string) (o mount.Options, err er
 	default:
 		return o, usagef("--verity: got %q, want off, try or require", v)
 	}
-	kind, err := kindOf(c)
+	if d := c.String("digest"); d != "" {
+		if o.Digest, err = fsverity.Parse(d); err != nil {
+			return o, usageError{fmt.Errorf("--digest: %w", err)}
+		}
+	}
+	img, err := openImage(t, c, name)
 	if err != nil {
 		return o, err
 	}
-	if fi, err := os.Stat(name); err == nil && fi.Mode().IsRegular() {
-		o.Name = filepath.Base(name)
-		if d := c.String("digest"); d != "" {
-			if o.Digest, err = fsverity.Parse(d); err != nil {
-				return o, usageError{fmt.Errorf("--digest: %w", err)}
-			}
+	o.Image = img.File
+	if img.store != nil {
+		if o.Digest.IsZero() {
+			o.Digest = img.digest
 		}
-		if o.Objects = c.StringSlice("basedir"); len(o.Objects) == 0 {
-			st, err := readStore(t, c)
-			if err != nil {
-				return o, fmt.Errorf("finding the objects of %q: %w; --basedir names their directory", name, err)
-			}
-			o.Objects, o.ObjectsChecked = []string{st.ObjectsDir()}, true
-		}
-		o.Image, err = os.Open(name)
-		return o, err
+		o.Objects, o.ObjectsChecked, o.Name = []string{img.store.ObjectsDir()}, true, img.digest.String()
+		return o, nil
+	}
+	o.Name = filepath.Base(name)
+	if o.Objects = c.StringSlice("basedir"); len(o.Objects) > 0 {
+		return o, nil
 	}
 	st, err := readStore(t, c)
 	if err != nil {
-		return o, err
-	}
-	s, err := converter.Find(st, name)
-	if err != nil {
-		return o, err
+		return o, fmt.Errorf("finding the objects of %q: %w; --basedir names their directory", name, err)
 	}
 	o.Objects, o.ObjectsChecked = []string{st.ObjectsDir()}, true
-	o.Digest = s.Images[kind.String()]
-	o.Name = o.Digest.String()
-	o.Image, err = converter.OpenImage(st, s, kind)
-	return o, err
+	// By its digest gc knows that the image is in use, if the store has it.
+	if d, _, err := fsverity.Read(st.Algorithm(), io.NewSectionReader(img, 0, 1<<62)); err == nil {
+		if _, err := st.ImageDigest(d.String()); err == nil {
+			o.Name = d.String()
+		}
+	}
+	return o, nil
+}
+
+// A listed is a mount with its state.
+type listed struct {
+	mount.Mounted
+	Verification mount.Verification `json:"verification"`
 }
 
 func listMounts(t *term, c *cli.Context) error {
-	all, err := mount.List()
+	mounts, err := mount.List()
 	if err != nil {
 		return err
+	}
+	st, err := freeStore(t, c)
+	if err != nil && !errors.Is(err, store.ErrNotStore) {
+		return err
+	}
+	all := []listed{}
+	for _, m := range mounts {
+		all = append(all, listed{m, stateOf(m, st)})
 	}
 	if c.Bool("json") {
 		return t.printJSON(all)
 	}
 	w := tabwriter.NewWriter(t.out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "DIRECTORY\tSTATE\tIMAGE")
 	for _, m := range all {
-		fmt.Fprintf(w, "%s\t%s\n", m.Target, m.Name)
+		fmt.Fprintf(w, "%s\t%s\t%s\n", m.Target, m.Verification, m.Name)
 	}
 	return w.Flush()
+}
+
+// stateOf tells the state of a mount as far as it can be known afterwards: of an image
+// of the store at hand, which was compared when it was mounted. Of others nothing is
+// known but what the kernel does.
+func stateOf(m mount.Mounted, st *store.Store) mount.Verification {
+	if st == nil || !slices.Contains(m.Objects, st.ObjectsDir()) {
+		return mount.None
+	}
+	f, d, err := st.OpenImage(m.Name)
+	if err != nil {
+		return mount.None
+	}
+	defer f.Close()
+	if measured, err := fsverity.Measure(f); err == nil && measured == d && m.Verity {
+		return mount.Enforced
+	}
+	return mount.Checked
 }
 
 func newUmountCommand(t *term) *cli.Command {

@@ -125,7 +125,10 @@ func (p *progress) text(now time.Time) string {
 
 // line tells how many bytes are done, how fast, and how long the rest will take.
 func line(done, total int64, took time.Duration) string {
-	text := size(done) + " of " + size(total)
+	text := size(done)
+	if total > 0 {
+		text += " of " + size(total)
+	}
 	rate := float64(done) / max(took.Seconds(), 0.001)
 	if rate > 0 {
 		text += "  " + size(int64(rate)) + "/s"

@@ -29,7 +29,20 @@ func openStore(t *term, c *cli.Context) (*store.Store, error) {
 }
 
 // readStore opens the store of --store, which has to exist.
+//
+// It is held until the process ends, so that nothing is collected while the verb
+// reads; gc, which waits for all others, opens it by freeStore.
 func readStore(t *term, c *cli.Context) (*store.Store, error) {
+	st, err := freeStore(t, c)
+	if err != nil {
+		return nil, err
+	}
+	_, err = st.Hold(c.Context)
+	return st, err
+}
+
+// freeStore opens the store of --store, which has to exist, without holding it.
+func freeStore(t *term, c *cli.Context) (*store.Store, error) {
 	st, err := store.Open(c.String("store"))
 	if errors.Is(err, store.ErrNotStore) {
 		return nil, fmt.Errorf("%w\nparticle convert makes a store, --store names another", err)
@@ -85,12 +98,16 @@ func convertOptions(t *term, c *cli.Context, name string) (converter.Options, er
 	if err != nil {
 		return converter.Options{}, usageError{fmt.Errorf("--max-layer-size: %w", err)}
 	}
+	if limit == 0 {
+		limit = -1 // none
+	}
 	return converter.Options{
 		Name:         name,
 		Bootable:     c.Bool("bootable"),
 		KeepBlobs:    c.Bool("keep-blobs"),
 		MaxLayerSize: limit,
 		Link:         c.Bool("link"),
+		CrossMounts:  c.Bool("cross-mounts"),
 		Architecture: c.String("arch"),
 		Warn:         t.warnf,
 	}, nil
@@ -166,10 +183,16 @@ func convertPath(ctx context.Context, t *term, c *cli.Context, path, name string
 	if err != nil {
 		return nil, err
 	}
-	var f io.Reader = t.in
+	var f io.Reader
 	var file *os.File
+	var size int64 // 0: nobody knows
 	isDir := false
-	if path != "-" {
+	if path == "-" {
+		if name == "" {
+			return nil, usagef("what comes from stdin needs a NAME")
+		}
+		f = untilCancelled(ctx, t.in)
+	} else {
 		if file, err = os.Open(path); err != nil {
 			return nil, fmt.Errorf("opening the source: %w", err)
 		}
@@ -178,7 +201,10 @@ func convertPath(ctx context.Context, t *term, c *cli.Context, path, name string
 		if err != nil {
 			return nil, err
 		}
-		f, isDir = file, fi.IsDir()
+		f, isDir, size = file, fi.IsDir(), fi.Size()
+		if !isDir && !fi.Mode().IsRegular() {
+			f, size = untilCancelled(ctx, file), 0
+		}
 	}
 	if isDir {
 		if _, err := os.Stat(filepath.Join(path, "oci-layout")); err == nil {
@@ -189,6 +215,9 @@ func convertPath(ctx context.Context, t *term, c *cli.Context, path, name string
 	if err != nil {
 		return nil, err
 	}
+	p := t.newProgress()
+	defer p.stop()
+	o.Progress = p
 	switch {
 	case isDir:
 		return converter.ConvertDir(ctx, path, st, o)
@@ -199,11 +228,23 @@ func convertPath(ctx context.Context, t *term, c *cli.Context, path, name string
 		}
 		return converter.ConvertComposefs(ctx, file, func(p string) (*os.File, error) { return openObject(dirs, p) }, st, o)
 	}
-	res, err := converter.ConvertTar(ctx, f, st, o)
+	res, err := converter.ConvertTar(ctx, f, size, st, o)
 	if archive := (*converter.ArchiveError)(nil); errors.As(err, &archive) {
 		return nil, usagef("%w: write %s:%s", err, archive.Transport, path)
 	}
 	return res, err
+}
+
+// untilCancelled reads what may block for ever: a pipe that nobody writes to. Reading
+// ends with the context.
+func untilCancelled(ctx context.Context, r io.Reader) io.Reader {
+	pr, pw := io.Pipe()
+	go func() {
+		_, err := io.CopyBuffer(pw, struct{ io.Reader }{r}, make([]byte, 256<<10))
+		pw.CloseWithError(err)
+	}()
+	context.AfterFunc(ctx, func() { pw.CloseWithError(context.Cause(ctx)) })
+	return pr
 }
 
 // isComposefs reports whether a file starts as a composefs image does.

@@ -2,12 +2,14 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"text/tabwriter"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"github.com/particle-os/particle/converter"
+	"github.com/particle-os/particle/converter/mount"
 	"github.com/particle-os/particle/converter/store"
 )
 
@@ -47,7 +49,10 @@ func newStoreCommand(t *term) *cli.Command {
 			},
 		},
 		Action: func(c *cli.Context) error {
-			return usagef("store takes df, gc, fsck or scrub, got %q", c.Args().First())
+			if c.Args().Present() {
+				return usagef("store takes df, gc, fsck or scrub, not %q", c.Args().First())
+			}
+			return usagef("store takes df, gc, fsck or scrub; see particle store --help")
 		},
 	}
 }
@@ -81,11 +86,15 @@ func storeDF(t *term, c *cli.Context) error {
 }
 
 func storeGC(t *term, c *cli.Context) error {
-	st, err := readStore(t, c)
+	st, err := freeStore(t, c)
 	if err != nil {
 		return err
 	}
-	s, err := converter.GC(c.Context, st, store.GCOptions{DryRun: c.Bool("dry-run")})
+	roots, err := mountedImages(t, st)
+	if err != nil {
+		return err
+	}
+	s, err := converter.GC(c.Context, st, store.GCOptions{DryRun: c.Bool("dry-run"), Roots: roots})
 	if err != nil {
 		return err
 	}
@@ -100,8 +109,29 @@ func storeGC(t *term, c *cli.Context) error {
 	return nil
 }
 
+// mountedImages lists the images of a store that are mounted: their files must stay,
+// whether they still have a name or not.
+func mountedImages(t *term, st *store.Store) ([]string, error) {
+	mounts, err := mount.List()
+	if err != nil {
+		return nil, fmt.Errorf("looking for mounted images: %w", err)
+	}
+	var roots []string
+	for _, m := range mounts {
+		if !slices.Contains(m.Objects, st.ObjectsDir()) {
+			continue
+		}
+		if _, err := st.ImageDigest(m.Name); err != nil {
+			t.warnf("what is mounted on %s uses the store's files, which does not know the image: they may go", m.Target)
+			continue
+		}
+		roots = append(roots, m.Name)
+	}
+	return roots, nil
+}
+
 func storeFsck(t *term, c *cli.Context, scrub bool) error {
-	st, err := readStore(t, c)
+	st, err := freeStore(t, c)
 	if err != nil {
 		return err
 	}

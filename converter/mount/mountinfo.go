@@ -118,7 +118,7 @@ type Mounted struct {
 	Name     string   `json:"name,omitempty"` // as in Options
 	Objects  []string `json:"objects"`
 	Upper    string   `json:"upper,omitempty"`
-	ReadOnly bool     `json:"read_only"`
+	ReadOnly bool     `json:"readOnly"`
 	// Verity says that the kernel checks the files. Whether anybody compared the
 	// image's digest is not to be seen from here.
 	Verity bool `json:"verity"`

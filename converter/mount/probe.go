@@ -33,15 +33,15 @@ type Features struct {
 	File      Support `json:"file"` // EROFS on a file of Dir without a loop device, 6.12
 	// FileStacks says that two overlays fit on an EROFS mounted so. Linux 6.12.63 to
 	// 6.18.4 allow one; Options.Loop is the way around.
-	FileStacks Support `json:"file_stacks"`
+	FileStacks Support `json:"fileStacks"`
 	Loop       Support `json:"loop"` // EROFS on a loop device, 5.8
 	Overlay    Support `json:"overlay"`
-	DataOnly   Support `json:"data_only"`  // data-only lower layers, 6.5
-	LayerFds   Support `json:"layer_fds"`  // detached mounts as layers, 6.15
-	Whiteouts  Support `json:"whiteouts"`  // escaped whiteouts and xattrs, for overlays on overlays, 6.8
-	VerityOpt  Support `json:"verity_opt"` // overlayfs takes verity=require, 6.6
-	FsVerity   Support `json:"fs_verity"`  // files in Dir can have fs-verity
-	UserNS     Support `json:"user_ns"`    // anybody may make user namespaces
+	DataOnly   Support `json:"dataOnly"`  // data-only lower layers, 6.5
+	LayerFds   Support `json:"layerFds"`  // detached mounts as layers, 6.15
+	Whiteouts  Support `json:"whiteouts"` // escaped whiteouts and xattrs, for overlays on overlays, 6.8
+	VerityOpt  Support `json:"verityOpt"` // overlayfs takes verity=require, 6.6
+	FsVerity   Support `json:"fsVerity"`  // files in Dir can have fs-verity
+	UserNS     Support `json:"userNs"`    // anybody may make user namespaces
 }
 
 // Mountable returns nil if Mount can work, or an error that says what is missing.

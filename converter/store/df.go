@@ -28,12 +28,12 @@ type Usage struct {
 	// Shared is what more than one image uses, counted once; SavedBytes is what it
 	// would take more if each image had its own.
 	Shared     Amount `json:"shared"`
-	SavedBytes int64  `json:"saved_bytes"`
+	SavedBytes int64  `json:"savedBytes"`
 
 	Streams    int `json:"streams"`
 	Images     int `json:"images"`
-	StreamRefs int `json:"stream_refs"`
-	ImageRefs  int `json:"image_refs"`
+	StreamRefs int `json:"streamRefs"`
+	ImageRefs  int `json:"imageRefs"`
 }
 
 // DF returns the store's disk usage. list is needed when the store has images.

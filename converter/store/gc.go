@@ -26,15 +26,15 @@ type GCOptions struct {
 
 // GCStats tells what a garbage collection kept and removed (or would have).
 type GCStats struct {
-	ObjectsKept    int `json:"objects_kept"`
-	ObjectsRemoved int `json:"objects_removed"`
+	ObjectsKept    int `json:"objectsKept"`
+	ObjectsRemoved int `json:"objectsRemoved"`
 	// BytesRemoved is the disk space that the removed objects took, in bytes, those
 	// left out that have another link elsewhere.
-	BytesRemoved   int64 `json:"bytes_removed"`
-	StreamsRemoved int   `json:"streams_removed"`
-	ImagesRemoved  int   `json:"images_removed"`
-	RefsRemoved    int   `json:"refs_removed"`    // that led nowhere
-	StagingRemoved int   `json:"staging_removed"` // transactions of dead processes
+	BytesRemoved   int64 `json:"bytesRemoved"`
+	StreamsRemoved int   `json:"streamsRemoved"`
+	ImagesRemoved  int   `json:"imagesRemoved"`
+	RefsRemoved    int   `json:"refsRemoved"`    // that led nowhere
+	StagingRemoved int   `json:"stagingRemoved"` // transactions of dead processes
 }
 
 // GC removes every object that no ref leads to, the streams and images among them,

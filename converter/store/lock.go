@@ -20,7 +20,22 @@ const (
 // the kernel, because a sleeping flock cannot be given up when ctx ends. Closing
 // the file gives the lock back; so does the end of the process, however it comes.
 func (s *Store) lock(ctx context.Context, how int) (*os.File, error) {
-	f, err := os.Open(s.dir)
+	return s.lockPath(ctx, s.dir, how)
+}
+
+// LockRefs keeps other callers of LockRefs out until release is called: for whoever
+// reads an entry in order to commit another one in its place. It is taken besides the
+// transaction's lock, and composefs-rs knows nothing of it.
+func (s *Store) LockRefs(ctx context.Context) (release func(), err error) {
+	f, err := s.lockPath(ctx, s.path(string(Streams)), unix.LOCK_EX)
+	if err != nil {
+		return nil, err
+	}
+	return func() { f.Close() }, nil
+}
+
+func (s *Store) lockPath(ctx context.Context, path string, how int) (*os.File, error) {
+	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("locking store: %w", err)
 	}

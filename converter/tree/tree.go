@@ -177,18 +177,11 @@ func (t *Tree) Lookup(path string) *Node {
 	return n
 }
 
-// SkipDir, returned by the function that Walk calls on a directory, leaves out
-// what is below it.
-var SkipDir = errors.New("skip this directory")
-
-// Walk calls fn for every name in t, parents first and siblings in byte order. The
-// root's path is "/". A hard-linked node is visited once a name.
+// Walk calls fn for every name in t, parents first and siblings in byte order, until
+// it returns an error. The root's path is "/". A hard-linked node is visited once a
+// name.
 func (t *Tree) Walk(fn func(path string, n *Node) error) error {
-	err := walk("/", t.Root, fn)
-	if errors.Is(err, SkipDir) {
-		return nil
-	}
-	return err
+	return walk("/", t.Root, fn)
 }
 
 func walk(path string, n *Node, fn func(string, *Node) error) error {
@@ -196,7 +189,7 @@ func walk(path string, n *Node, fn func(string, *Node) error) error {
 		return err
 	}
 	for name, child := range n.Children() {
-		if err := walk(Join(path, name), child, fn); err != nil && !(child.IsDir() && errors.Is(err, SkipDir)) {
+		if err := walk(Join(path, name), child, fn); err != nil {
 			return err
 		}
 	}
