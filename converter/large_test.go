@@ -76,7 +76,7 @@ func newLargeImage() *largeImage {
 	return newGenerated(
 		func(w io.Writer) error {
 			tw := tar.NewWriter(w)
-			const size = 3 << 29
+			const size = 2 << 30
 			if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "large", Mode: 0o644, Size: size}); err != nil {
 				return err
 			}
@@ -87,7 +87,7 @@ func newLargeImage() *largeImage {
 		},
 		func(w io.Writer) error {
 			tw := tar.NewWriter(w)
-			for i := range 512 {
+			for i := range 64 {
 				if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: fmt.Sprintf("f%d", i), Mode: 0o644, Size: 1 << 20}); err != nil {
 					return err
 				}
