@@ -95,7 +95,7 @@ same() {
 field() { jq -er "$1" "$log.out"; }
 
 costs=()
-cost() { costs+=("$(printf '%-44s %8s s  %12s' "$1" "$2" "$3")"); }
+cost() { costs+=("$(printf '%-44s %8s  %12s' "$1" "$2" "$3")"); }
 
 opts=()
 [ -z "$PARTICLE_TEST_MIRROR" ] || opts+=(--mirror="$PARTICLE_TEST_MIRROR")
@@ -104,7 +104,7 @@ step "A base image of Debian $suite, from apt alone" \
 epoch=$(field .epoch)
 say "$(field .title), $(field .entries) entries, $(human "$(field .tarBytes)"), as of $(date -u -d "@$epoch" +%F), in $seconds s"
 say "image $(field .digest): the same on any machine while the mirrors stand still"
-cost "bootstrap $suite" "$seconds" "$(human "$(field .tarBytes)")"
+cost "bootstrap $suite" "$seconds s" "$(human "$(field .tarBytes)")"
 
 step "podman builds docs/examples/$image on it" \
 	podman build --squash --timestamp "$epoch" --build-arg BASE=localhost/debian:"$suite" \
@@ -112,19 +112,21 @@ step "podman builds docs/examples/$image on it" \
 	-t localhost/demo "docs/examples/$image"
 built=$(podman image inspect --format '{{.Size}}' localhost/demo)
 say "$(podman image inspect --format '{{len .RootFS.Layers}}' localhost/demo) layers, $(human "$built"), in $seconds s"
-cost "podman build $image" "$seconds" "$(human "$built")"
+cost "podman build $image" "$seconds s" "$(human "$built")"
 
+bootable=()
+[ "$image" != server ] || bootable=(--bootable)
 step "OCI to composefs: every file stored once, by its digest" \
-	particle convert --json containers-storage:localhost/demo demo
+	particle convert --json "${bootable[@]}" containers-storage:localhost/demo demo
 cp "$log.out" "$scratch/converted.json"
 first=$(bytes "$PARTICLE_STORE")
 say "$(field '[.images[]] | length') composefs images of $(field '.layers | length') layers, $(field .newObjects) objects, $(human "$(field .newBytes)"), in $seconds s"
 field '.images | to_entries[] | .key + " " + .value' | while read -r line; do say "${dim}$line${plain}"; done
-cost "convert: OCI to composefs" "$seconds" "$(human "$first")"
+cost "convert: OCI to composefs" "$seconds s" "$(human "$first")"
 
 step "Mounted: a few MiB of metadata over the objects, nothing unpacked" \
 	particle mount --json demo "$scratch/mnt"
-say "$(findmnt -rn -o FSTYPE "$scratch/mnt" | tail -n 1), read-only, in $seconds s; $(jq -r 'del(.target) | tojson' "$log.out")"
+say "$(findmnt -rn -o FSTYPE "$scratch/mnt" | tail -n 1), read-only, in $seconds s; $(field '.verification + ": " + .why')"
 say "$(sed -n 's/^PRETTY_NAME=//p' "$scratch/mnt/usr/lib/os-release" | tr -d '"'): $(find "$scratch/mnt/boot" -name 'vmlinuz*' -printf 'kernel /boot/%f, ' -quit 2>/dev/null)$(find "$scratch/mnt" -xdev | wc -l) paths"
 
 podman_root=$(podman image mount localhost/demo)
@@ -138,7 +140,7 @@ step "composefs to OCI: the layers are put together again to the very same bytes
 	particle export --json demo oci:"$scratch/oci":demo
 cp "$log.out" "$scratch/exported.json"
 say "in $seconds s"
-cost "export: composefs to OCI" "$seconds" "$(human "$(bytes "$scratch/oci")")"
+cost "export: composefs to OCI" "$seconds s" "$(human "$(bytes "$scratch/oci")")"
 index=$(jq -er '.manifests[0].digest' "$scratch/oci/index.json")
 config=$(jq -er .config.digest "$scratch/oci/blobs/sha256/${index#sha256:}")
 same "image ID (the config's digest) as podman's" "$config" "sha256:$(podman image inspect --format '{{.Id}}' localhost/demo)"
