@@ -84,7 +84,7 @@ func run(ctx context.Context, o options) (err error) {
 		if !strings.Contains(g.name, o.only) {
 			continue
 		}
-		gr, err := runGroup(ctx, in, g, o.rounds)
+		gr, err := runGroup(ctx, in, g, o.rounds*max(1, g.repeat))
 		if err != nil {
 			return fmt.Errorf("%s: %w", g.name, err)
 		}

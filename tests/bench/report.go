@@ -93,7 +93,7 @@ func (r *results) print(w io.Writer) {
 			fmt.Fprintf(w, "%s: %s\n", k, m[k])
 		}
 	}
-	fmt.Fprintf(w, "medians of %d rounds; ratio: times Particle's wall time, over 1 is slower than Particle\n", r.Rounds)
+	fmt.Fprintf(w, "medians of %d rounds (dump: 5 times as many); ratio: times Particle's wall time, over 1 is slower than Particle\n", r.Rounds)
 	for _, g := range r.Groups {
 		fmt.Fprintf(w, "\n%s: %s\n", g.Name, g.What)
 		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
