@@ -92,6 +92,12 @@ func normalize(ctx context.Context, r *tar.Reader, w *tar.Writer, root *installe
 		}
 		h, err := r.Next()
 		if err == io.EOF {
+			// Some releases of mmdebstrap leave /dev out, others its contents only. It is
+			// a mount point, so it must be there.
+			l.entries++
+			if err := w.WriteHeader(devHeader(epoch)); err != nil {
+				return err
+			}
 			return w.Close()
 		}
 		if err != nil {
@@ -102,7 +108,7 @@ func normalize(ctx context.Context, r *tar.Reader, w *tar.Writer, root *installe
 		if strings.HasPrefix(path.Base(name), ".wh.") {
 			return fmt.Errorf("file %q cannot be in an image: its name marks a deleted file there", name)
 		}
-		if scrubbed(name, h) {
+		if scrubbed(name, h) || name == "dev" || strings.HasPrefix(name, "dev/") {
 			continue
 		}
 		out := normalHeader(h, name, root, epoch)
@@ -126,6 +132,11 @@ func normalize(ctx context.Context, r *tar.Reader, w *tar.Writer, root *installe
 			l.debian = strings.TrimSpace(text.String())
 		}
 	}
+}
+
+// devHeader is the header of an empty /dev.
+func devHeader(epoch int64) *tar.Header {
+	return &tar.Header{Typeflag: tar.TypeDir, Name: "dev/", Mode: 0o755, ModTime: time.Unix(epoch, 0)}
 }
 
 // normalHeader is the header of an entry in a layer: no names of owners, which other

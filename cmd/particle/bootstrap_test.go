@@ -112,6 +112,10 @@ func messyTar(t *testing.T, now int64, host, owner string, format tar.Format) st
 		apt = 0
 	}
 	add(tar.Header{Typeflag: tar.TypeDir, Name: "./var/lib/apt/lists/partial/", Mode: 0o700, Uid: apt}, "")
+	if host != "alpha" { // another mmdebstrap
+		add(tar.Header{Typeflag: tar.TypeDir, Name: "./dev/", Mode: 0o700}, "")
+		add(tar.Header{Typeflag: tar.TypeReg, Name: "./dev/left", Mode: 0o600, Size: 1}, "x")
+	}
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -174,6 +178,7 @@ func TestPackLayer(t *testing.T) {
 		`2 var/run 777 0:0 @1000 "/run"`,
 		`0 var/log/btmp 660 0:43 @5000 ""`,
 		`5 var/lib/apt/lists/partial/ 700 0:0 @5000 ""`,
+		`5 dev/ 755 0:0 @5000 ""`,
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("layer:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))

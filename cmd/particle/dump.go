@@ -186,19 +186,19 @@ func withRootOf(t, other *tree.Tree) *tree.Tree {
 	return &tree.Tree{Root: &root}
 }
 
-// anyTree reads the tree of a directory, a composefs image or an image of the store.
+// anyTree reads the tree of an image of the store, a composefs image or a directory.
 func anyTree(t *term, c *cli.Context, name string) (*tree.Tree, error) {
-	if fi, err := os.Stat(name); err == nil && fi.IsDir() {
-		alg := fsverity.SHA256
-		if st, err := store.Open(c.String("store")); err == nil {
-			alg = st.Algorithm()
-		}
-		return scan.Dir(c.Context, name, scan.Hash(alg), scan.Options{OneFileSystem: true})
-	}
 	f, err := openImage(t, c, name)
-	if err != nil {
+	if err == nil {
+		defer f.Close()
+		return f.tree()
+	}
+	if fi, serr := os.Stat(name); serr != nil || !fi.IsDir() {
 		return nil, err
 	}
-	defer f.Close()
-	return f.tree()
+	alg := fsverity.SHA256
+	if st, err := store.Open(c.String("store")); err == nil {
+		alg = st.Algorithm()
+	}
+	return scan.Dir(c.Context, name, scan.Hash(alg), scan.Options{OneFileSystem: true})
 }
