@@ -75,8 +75,12 @@ func imageArchive(t *tree.Tree) string {
 // unless o says otherwise.
 func ConvertDir(ctx context.Context, dir string, st *store.Store, o Options) (*Result, error) {
 	o.defaults()
-	if inside, err := isBelow(st.Dir(), dir); err != nil || inside {
-		return nil, errors.Join(err, fmt.Errorf("the store %q lies in the directory %q: --store names another", st.Dir(), dir))
+	inside, err := isBelow(st.Dir(), dir)
+	if err != nil {
+		return nil, err
+	}
+	if inside {
+		return nil, fmt.Errorf("the store %q lies in the directory %q: --store names another", st.Dir(), dir)
 	}
 	return convertOne(ctx, st, o, func(txn *store.Txn) (*aLayer, error) {
 		txn.SetImmutableSources(o.Link)
