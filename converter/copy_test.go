@@ -1,0 +1,84 @@
+package converter
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"github.com/particle-os/particle/converter/fsverity"
+	"github.com/particle-os/particle/converter/store"
+)
+
+// TestCopy: what a copy has is the whole image, and nothing of the others.
+func TestCopy(t *testing.T) {
+	from, to := newStore(t), newStore(t)
+	convert(t, from, imageOf(gz, twoLayers()...), Options{Name: "a", Bootable: true, KeepBlobs: true})
+	convert(t, from, imageOf(nil, tarOf(f("other", "not wanted"))), Options{Name: "b"})
+	s, err := Find(from, "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := Copy(ctx, from, s, to, Options{Name: "copied"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.NewObjects == 0 {
+		t.Error("nothing was copied")
+	}
+	wantClean(t, to)
+	got, err := Find(to, "copied")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Manifest != s.Manifest || len(got.Images) != 3 || got.Images["bootable"] != s.Images["bootable"] || !slices.Equal(got.streams, s.streams) || len(got.blobs) != len(s.blobs) {
+		t.Errorf("got %+v, want %+v", got, s)
+	}
+	// The same manifest comes out: the kept blobs are there, too.
+	if e, err := Export(ctx, to, got, &memTarget{}, ExportOptions{TempDir: t.TempDir()}); err != nil || !e.Same {
+		t.Errorf("exporting the copy: %+v, %v", e, err)
+	}
+	if _, err := GC(ctx, to, store.GCOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	wantClean(t, to)
+	if all, err := List(to); err != nil || len(all) != 1 {
+		t.Errorf("the copy's store has %d images (%v), want 1", len(all), err)
+	}
+	again, err := Copy(ctx, from, s, to, Options{Name: "again"})
+	if err != nil || again.NewObjects != 0 {
+		t.Errorf("copying again: %+v, %v; want nothing new", again, err)
+	}
+}
+
+// TestCopyDamaged: an object that is not what it should be is not passed on.
+func TestCopyDamaged(t *testing.T) {
+	from, to := newStore(t), newStore(t)
+	convert(t, from, imageOf(nil, tarOf(f("a", string(make([]byte, 300))+"x"))), Options{Name: "a"})
+	s, err := Find(from, "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := fsverity.Sum(fsverity.SHA256, append(make([]byte, 300), 'x'))
+	name := filepath.Join(from.ObjectsDir(), d.Path())
+	if err := os.Chmod(name, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(name, append(make([]byte, 300), 'y'), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Copy(ctx, from, s, to, Options{Name: "a"}); !errors.Is(err, store.ErrCorrupt) {
+		t.Errorf("got %v, want ErrCorrupt", err)
+	}
+	if all, err := List(to); err != nil || len(all) != 0 {
+		t.Errorf("a failed copy left %d images (%v)", len(all), err)
+	}
+	other, err := store.Init(t.TempDir(), store.Options{Algorithm: fsverity.SHA512})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Copy(ctx, from, s, other, Options{}); !errors.Is(err, store.ErrAlgorithm) {
+		t.Errorf("got %v, want ErrAlgorithm", err)
+	}
+}
