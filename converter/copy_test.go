@@ -82,3 +82,30 @@ func TestCopyDamaged(t *testing.T) {
 		t.Errorf("got %v, want ErrAlgorithm", err)
 	}
 }
+
+// TestMakeBootable: adding the image later gives what converting with it gives.
+func TestMakeBootable(t *testing.T) {
+	layers := [][]byte{tarOf(d("usr"), d("boot"), f("boot/vmlinuz-1", "kernel"), f("usr/x", "1"))}
+	a, b := newStore(t), newStore(t)
+	convert(t, a, imageOf(nil, layers...), Options{Name: "a"})
+	want := convert(t, b, imageOf(nil, layers...), Options{Name: "a", Bootable: true})
+	s, err := Find(a, "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // the second time there is nothing to do
+		if s, err = MakeBootable(ctx, a, s); err != nil {
+			t.Fatal(err)
+		}
+		if got := s.Images["bootable"]; got != want.Images["bootable"] {
+			t.Errorf("got %s, want %s", got, want.Images["bootable"])
+		}
+	}
+	if _, err := GC(ctx, a, store.GCOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	wantClean(t, a)
+	if s, err = Find(a, "a"); err != nil || len(s.Images) != 3 {
+		t.Errorf("found %+v, %v", s, err)
+	}
+}
