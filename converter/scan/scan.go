@@ -20,9 +20,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"runtime"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -77,7 +79,18 @@ type Options struct {
 	// redirect_dir and files that were changed with metacopy depend on the layers
 	// below and give ErrNotLayer.
 	OverlayUpper bool
+
+	// Live says that the directory is in use. Names that vanish are left out, and what
+	// changes while it is read is read again; only when that goes on and on is it
+	// ErrChanged.
+	Live bool
 }
+
+// How often a live directory is read again: names in one scan, and one file's content.
+const (
+	maxRetries   = 10000
+	maxRereading = 8
+)
 
 // Dir reads the directory root and all below it. A root that is a symbolic link is
 // followed.
@@ -110,13 +123,14 @@ func Dir(ctx context.Context, root string, objects Objects, opts Options) (*tree
 		objects: objects,
 		links:   map[inode]*tree.Node{},
 		jobs:    make(chan job, 2*opts.Threads),
+		retries: maxRetries,
 	}
 	var workers sync.WaitGroup
 	for range opts.Threads {
 		workers.Go(func() {
 			for j := range s.jobs {
 				if ctx.Err() == nil {
-					if err := s.content(j); err != nil {
+					if err := s.settled(j); err != nil {
 						cancel(err)
 					}
 				}
@@ -159,7 +173,33 @@ type scanner struct {
 	objects Objects
 	links   map[inode]*tree.Node // files with several names
 	jobs    chan job
+	retries int            // left in a live directory
 	dents   [64 << 10]byte // of the one goroutine that lists directories
+}
+
+// settled reads one regular file; one that is written to meanwhile, in a live
+// directory, again a little later.
+func (s *scanner) settled(j job) error {
+	for try := range maxRereading {
+		err := s.content(j)
+		if !s.opts.Live || !errors.Is(err, ErrChanged) {
+			return err
+		}
+		select {
+		case <-s.ctx.Done():
+			return nil // Dir has the cause
+		case <-time.After(time.Millisecond << try):
+		}
+		if err := statx(int(j.file.Fd()), "", unix.AT_EMPTY_PATH, &j.stat); err != nil {
+			return fmt.Errorf("reading %q: %w", j.path(), err)
+		}
+		if _, err := j.file.Seek(0, io.SeekStart); err != nil {
+			return fmt.Errorf("reading %q: %w", j.path(), err)
+		}
+		j.node.Stat = s.newNode(&j.stat).Stat
+		j.node.File = &tree.File{Size: int64(j.stat.Size)}
+	}
+	return s.content(j)
 }
 
 // content reads the content of one regular file, and its xattrs.

@@ -1,6 +1,7 @@
 package scan
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -64,6 +65,9 @@ func (s *scanner) list(d *dir, n *tree.Node) error {
 		return fmt.Errorf("reading directory %q: %w", d.path(""), err)
 	}
 	names, err := s.readNames(d.fd)
+	if err == unix.ENOENT { // of a directory that was removed
+		err = fmt.Errorf("%w: %v", ErrChanged, err)
+	}
 	if err != nil {
 		return fmt.Errorf("reading directory %q: %w", d.path(""), err)
 	}
@@ -83,8 +87,20 @@ func (s *scanner) list(d *dir, n *tree.Node) error {
 	return nil
 }
 
-// entry reads one name in a directory; it returns nil for what is left out.
+// entry reads one name in a directory; it returns nil for what is left out. In a live
+// directory it tries again. What is below a directory has spent all tries before the
+// directory itself is tried again, so that their number is that of the scan.
 func (s *scanner) entry(d *dir, name string) (*tree.Node, error) {
+	for {
+		n, err := s.entryOnce(d, name)
+		if !s.opts.Live || !errors.Is(err, ErrChanged) || s.retries == 0 || s.ctx.Err() != nil {
+			return n, err
+		}
+		s.retries--
+	}
+}
+
+func (s *scanner) entryOnce(d *dir, name string) (node *tree.Node, err error) {
 	fail := func(err error) (*tree.Node, error) {
 		if err == unix.ENOENT || err == unix.ENOTDIR || err == unix.ELOOP {
 			// It was there a moment ago, and as another type.
@@ -98,6 +114,9 @@ func (s *scanner) entry(d *dir, name string) (*tree.Node, error) {
 	}
 	var st unix.Statx_t
 	if err := statx(d.fd, name, flags, &st); err != nil {
+		if s.opts.Live && err == unix.ENOENT {
+			return nil, nil
+		}
 		return fail(err)
 	}
 	mode := uint32(st.Mode)
@@ -135,6 +154,11 @@ func (s *scanner) entry(d *dir, name string) (*tree.Node, error) {
 	n := s.newNode(&st)
 	if linked {
 		s.links[inodeOf(&st)] = n
+		defer func() {
+			if err != nil {
+				delete(s.links, inodeOf(&st))
+			}
+		}()
 	}
 	switch mode & tree.TypeMask {
 	case tree.TypeRegular:
