@@ -482,6 +482,9 @@ func Describe(r *Report) string {
 	if r.Manifest != "" {
 		return fmt.Sprintf("%d layers of %s", len(r.Layers), r.Manifest)
 	}
-	id := r.Deployment
-	return "deployment " + id[:min(12, len(id))]
+	hex, n, again := strings.Cut(r.Deployment, ".")
+	if again {
+		n = "." + n
+	}
+	return "deployment " + hex[:min(12, len(hex))] + n
 }
