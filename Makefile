@@ -1,5 +1,6 @@
-# make             builds bin/particle and its other names
-# make install     into $(DESTDIR)$(PREFIX)
+# make             builds bin/particle and its other names, and bin/particle-init-root
+# make install     into $(DESTDIR)$(PREFIX); with PREFIX=/usr also what boots a host
+# make deb         dist/particle_VERSION_ARCH.deb (docs/packaging.md)
 # sudo make demo   sets up what is missing and does the main job end to end
 # sudo make test   sets up what is missing and runs all tests
 # make test-unit   the tests that need neither root nor other programs
@@ -14,27 +15,61 @@ FUZZTIME ?= 60s
 GO ?= $(firstword $(shell command -v go 2>/dev/null) $(wildcard /usr/local/go/bin/go) go)
 export GO
 
+# Where binaries are built, and what else the linker is told.
+BIN     ?= bin
+LDFLAGS ?=
+
 # mount.composefs is looked up by mount(8) in /sbin.
 TOOLS := mkcomposefs composefs-info mount.composefs
 
 .PHONY: all
-all: $(TOOLS:%=bin/%)
+all: $(TOOLS:%=$(BIN)/%) $(BIN)/particle-init-root
 
 # The go command knows best what is out of date.
-.PHONY: bin/particle
-bin/particle:
-	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./cmd/particle
+.PHONY: $(BIN)/particle $(BIN)/particle-init-root
+$(BIN)/particle $(BIN)/particle-init-root: $(BIN)/%:
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/$*
 
-$(TOOLS:%=bin/%): bin/%: bin/particle
+$(TOOLS:%=$(BIN)/%): $(BIN)/%: $(BIN)/particle
 	ln -sf particle $@
+
+# The date and the release at the foot of the manual pages.
+SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),0)
+RELEASE           ?=
+# Where the other names go, and the shells' completions.
+TOOLDIR  ?= $(PREFIX)/bin
+MOUNTDIR ?= $(PREFIX)/sbin
+BASHDIR  ?= $(PREFIX)/share/bash-completion/completions
+ZSHDIR   ?= $(PREFIX)/share/zsh/$(if $(filter /usr,$(PREFIX)),vendor-completions,site-functions)
+FISHDIR  ?= $(PREFIX)/share/fish/vendor_completions.d
+UNITDIR  ?= $(PREFIX)/lib/systemd/system
+
+# Built for this machine whatever GOARCH is: it writes manuals and completions.
+DOCS = GOOS= GOARCH= $(GO) run ./cmd/particle docs
 
 .PHONY: install
 install: all
-	install -D -m 755 bin/particle $(DESTDIR)$(PREFIX)/bin/particle
-	ln -sf particle $(DESTDIR)$(PREFIX)/bin/mkcomposefs
-	ln -sf particle $(DESTDIR)$(PREFIX)/bin/composefs-info
-	mkdir -p $(DESTDIR)$(PREFIX)/sbin
-	ln -sf ../bin/particle $(DESTDIR)$(PREFIX)/sbin/mount.composefs
+	install -D -m 755 $(BIN)/particle $(DESTDIR)$(PREFIX)/bin/particle
+	mkdir -p $(DESTDIR)$(TOOLDIR) $(DESTDIR)$(MOUNTDIR)
+	ln -sfr $(DESTDIR)$(PREFIX)/bin/particle $(DESTDIR)$(TOOLDIR)/mkcomposefs
+	ln -sfr $(DESTDIR)$(PREFIX)/bin/particle $(DESTDIR)$(TOOLDIR)/composefs-info
+	ln -sfr $(DESTDIR)$(PREFIX)/bin/particle $(DESTDIR)$(MOUNTDIR)/mount.composefs
+	$(DOCS) man --release '$(RELEASE)' --epoch $(SOURCE_DATE_EPOCH) $(DESTDIR)$(PREFIX)/share/man/man8
+	mkdir -p $(DESTDIR)$(BASHDIR) $(DESTDIR)$(ZSHDIR) $(DESTDIR)$(FISHDIR)
+	$(DOCS) completion bash >$(DESTDIR)$(BASHDIR)/particle
+	$(DOCS) completion zsh >$(DESTDIR)$(ZSHDIR)/_particle
+	$(DOCS) completion fish >$(DESTDIR)$(FISHDIR)/particle.fish
+ifeq ($(PREFIX),/usr)
+	install -D -m 755 $(BIN)/particle-init-root $(DESTDIR)/usr/lib/particle/particle-init-root
+	$(DOCS) initramfs $(DESTDIR)/
+	mkdir -p $(DESTDIR)$(UNITDIR)
+	cd packaging/systemd && cp -dR --preserve=mode,links *.service *.path *.timer *.d *.wants $(abspath $(DESTDIR)/)$(UNITDIR)
+	install -D -m 644 packaging/systemd/80-particle.preset $(DESTDIR)/usr/lib/systemd/system-preset/80-particle.preset
+endif
+
+.PHONY: deb
+deb:
+	packaging/deb.sh dist
 
 .PHONY: demo
 demo: root all
@@ -59,7 +94,7 @@ fuzz:
 
 .PHONY: clean
 clean:
-	rm -rf bin
+	rm -rf bin dist
 
 .PHONY: root
 root:

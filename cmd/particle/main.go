@@ -121,6 +121,7 @@ func newApp(t *term) *cli.App {
 	group("Bridges",
 		newDoctorCommand(t),
 	)
+	group("", newDocsCommand(t))
 	strict(app.Commands)
 	app.OnUsageError = func(_ *cli.Context, err error, _ bool) error { return usageError{err} }
 	return app
