@@ -28,15 +28,20 @@ var (
 	ErrUnknown = errors.New("unknown boot loader")
 	// ErrMissing: the image lacks a program or file that installing the loader needs.
 	ErrMissing = errors.New("boot loader's files are missing")
+	// ErrTarget: the disk, or what is told of it, does not do for the loader.
+	ErrTarget = errors.New("the disk does not do for the boot loader")
 	// ErrNoEntry: there is no entry of that id.
 	ErrNoEntry = errors.New("no such boot entry")
+	// ErrEntry: the entry has something that the loader has no way to say.
+	ErrEntry = errors.New("boot entry that cannot be written")
 	// ErrMenu: a file of the loader's is not what it should be.
 	ErrMenu = errors.New("bad boot menu")
 )
 
 // An Entry is one choice of the boot menu: one deployment.
 type Entry struct {
-	// ID is the file's name without ".conf" and without the counter: "particle-12".
+	// ID is the file's name without ".conf" and without the counter: "particle-" and a
+	// number, as "particle-12".
 	ID string
 	// Generation orders the entries, highest first; it is the entry's "version".
 	Generation int

@@ -1,0 +1,147 @@
+package bootloader
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"runtime"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// An image is the mounted image that a loader's files are taken from. A link in it that
+// leads out of it is not followed.
+type image struct{ *os.Root }
+
+func openImage(dir string) (image, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return image{}, fmt.Errorf("opening the image: %w", err)
+	}
+	return image{root}, nil
+}
+
+// first reads the first of some files that is there; nil for none.
+func (i image) first(names ...string) ([]byte, error) {
+	for _, name := range names {
+		data, err := i.ReadFile(name)
+		if err == nil {
+			return data, nil
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("reading /%s of the image: %w", name, err)
+		}
+	}
+	return nil, nil
+}
+
+// put writes a file of the boot file system.
+func (t Target) put(name string, data []byte) error {
+	return updateFile(filepath.Join(t.Boot, name), data)
+}
+
+// haveProgram returns where an image has a program. The error is ErrMissing.
+func haveProgram(root, name, pkg string) (string, error) {
+	for _, dir := range []string{"usr/sbin", "usr/bin", "sbin", "bin"} {
+		if _, err := os.Lstat(filepath.Join(root, dir, name)); err == nil {
+			return path.Join("/", dir, name), nil
+		}
+	}
+	return "", fmt.Errorf("%w: the image has no program %q (Debian package %s)", ErrMissing, name, pkg)
+}
+
+// A bind shows a directory of this system inside the image.
+type bind struct{ from, to string }
+
+// run executes a program of the image, in the image, and returns what it prints. It needs
+// root. The binds are mounted in a mount namespace of the program's own, so nothing of
+// them is left whatever happens.
+func run(ctx context.Context, root string, binds []bind, args ...string) ([]byte, error) {
+	type result struct {
+		out []byte
+		err error
+	}
+	done := make(chan result)
+	go func() {
+		if len(binds) > 0 {
+			// The thread has another view of the file systems from here on: it is never
+			// given back, so it ends with this function.
+			runtime.LockOSThread()
+		}
+		out, err := runHere(ctx, root, binds, args)
+		done <- result{out, err}
+	}()
+	r := <-done
+	return r.out, r.err
+}
+
+func runHere(ctx context.Context, root string, binds []bind, args []string) ([]byte, error) {
+	if len(binds) > 0 {
+		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+			return nil, fmt.Errorf("making a mount namespace: %w", err)
+		}
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+			return nil, fmt.Errorf("making a mount namespace: %w", err)
+		}
+	}
+	for _, b := range binds {
+		if err := unix.Mount(b.from, filepath.Join(root, b.to), "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+			return nil, fmt.Errorf("showing %q in the image as %q: %w", b.from, b.to, err)
+		}
+	}
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Dir = "/"
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8"}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); err != nil {
+		said := bytes.TrimSpace(append(errs.Bytes(), out.Bytes()...))
+		return nil, fmt.Errorf("running %q in the image: %w: %.500s", args, err, said)
+	}
+	return out.Bytes(), nil
+}
+
+// disk opens the disk for its boot sectors: the device where there is one, since a file's
+// cache and its loop device's are two things.
+func (t Target) disk() (*os.File, error) {
+	name := t.Device
+	if name == "" {
+		name = t.Disk
+	}
+	if name == "" {
+		return nil, fmt.Errorf("%w: a BIOS loader needs the whole disk, and only a file system was given", ErrTarget)
+	}
+	return os.OpenFile(name, os.O_RDWR, 0)
+}
+
+// bootCode is the part of the first sector before the disk's signature and the partition
+// table.
+const bootCode = 440
+
+// writeBootCode writes the code of the master boot record, in one sector.
+func writeBootCode(f *os.File, code []byte) error {
+	if len(code) > bootCode {
+		return fmt.Errorf("%w: the boot code has %d bytes, and the first sector has room for %d", ErrMissing, len(code), bootCode)
+	}
+	sector := make([]byte, 512)
+	if _, err := f.ReadAt(sector, 0); err != nil {
+		return fmt.Errorf("reading the first sector: %w", err)
+	}
+	if sector[510] != 0x55 || sector[511] != 0xaa {
+		return fmt.Errorf("%w: the first sector ends in %x, want 55aa: there is no partition table", ErrTarget, sector[510:])
+	}
+	clear(sector[:bootCode])
+	copy(sector, code)
+	if _, err := f.WriteAt(sector, 0); err != nil {
+		return fmt.Errorf("writing the boot code: %w", err)
+	}
+	return f.Sync()
+}
