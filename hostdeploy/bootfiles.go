@@ -1,0 +1,225 @@
+package hostdeploy
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/particle-os/particle/converter/tree"
+	"github.com/particle-os/particle/hostdeploy/bootloader"
+	"github.com/particle-os/particle/hostdeploy/initramfs"
+)
+
+// bootPrefix begins the names of the directories of kernels on the boot file system.
+const bootPrefix = "particle-"
+
+// reserve is what must stay free on a boot file system besides the kernels, in bytes:
+// entries, menus and the loader's own files.
+const reserve = 1 << 20
+
+// bootFiles are the kernel and initramfs of a deployment, or a UKI, on their way from
+// the store to the boot file system.
+type bootFiles struct {
+	hash  string // SHA-256 of all of them, one after the other, hexadecimal
+	files []bootFile
+}
+
+type bootFile struct {
+	name string
+	node *tree.Node
+}
+
+// newBootFiles reads the files of a kernel once, for their hash and to see that the
+// initramfs can set up the root.
+func newBootFiles(ctx context.Context, objects Opener, k *Kernel, force bool) (*bootFiles, error) {
+	b := &bootFiles{}
+	switch {
+	case k.UKI != nil:
+		b.files = []bootFile{{"linux.efi", k.UKI}}
+	case k.Initrd == nil && !force:
+		return nil, fmt.Errorf("%w: kernel %s has none beside it; update-initramfs -c -k %s makes one", ErrNoInitrd, k.Path, k.Version)
+	case k.Initrd == nil:
+		b.files = []bootFile{{"vmlinuz", k.Linux}}
+	default:
+		b.files = []bootFile{{"vmlinuz", k.Linux}, {"initrd", k.Initrd}}
+	}
+	if k.Initrd != nil && k.UKI == nil && !force {
+		if err := checkInitrd(objects, k); err != nil {
+			return nil, err
+		}
+	}
+	h := sha256.New()
+	for _, f := range b.files {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		r, err := openNode(objects, f.node)
+		if err != nil {
+			return nil, fmt.Errorf("opening the image's %s: %w", f.name, err)
+		}
+		_, err = io.Copy(h, r)
+		r.Close()
+		if err != nil {
+			return nil, fmt.Errorf("reading the image's %s: %w", f.name, err)
+		}
+	}
+	b.hash = hex.EncodeToString(h.Sum(nil))
+	return b, nil
+}
+
+// checkInitrd refuses an initramfs that cannot set up the root of a deployment.
+func checkInitrd(objects Opener, k *Kernel) error {
+	r, err := openNode(objects, k.Initrd)
+	if err != nil {
+		return fmt.Errorf("opening %s: %w", k.InitrdPath, err)
+	}
+	defer r.Close()
+	c, err := initramfs.Inspect(r)
+	if err != nil {
+		return fmt.Errorf("looking into the initramfs %s: %w; --force deploys it unseen", k.InitrdPath, err)
+	}
+	if !c.Program || c.Starter == "" {
+		return fmt.Errorf("%w: %s; install the package particle in the image and end its build with particle prepare", ErrNoSetup, k.InitrdPath)
+	}
+	if missing := c.Missing(); len(missing) > 0 {
+		return fmt.Errorf("%w: %s lacks the kernel modules %s; make it again: update-initramfs -u -k %s", ErrNoSetup, k.InitrdPath, strings.Join(missing, ", "), k.Version)
+	}
+	return nil
+}
+
+// dir is the name of their directory on the boot file system.
+func (b *bootFiles) dir() string { return bootPrefix + b.hash }
+
+func (b *bootFiles) size() (n int64) {
+	for _, f := range b.files {
+		n += f.node.File.Size
+	}
+	return n
+}
+
+// entry fills in the paths of an entry as the loader sees them.
+func (b *bootFiles) entry(e *bootloader.Entry, p bootloader.Paths) {
+	for _, f := range b.files {
+		name := path.Join("/", p.Prefix, b.dir(), f.name)
+		switch f.name {
+		case "vmlinuz":
+			e.Linux = name
+		case "initrd":
+			e.Initrd = []string{name}
+		case "linux.efi":
+			e.EFI = name
+		}
+	}
+}
+
+// present reports whether the boot file system has them all.
+func (b *bootFiles) present(p bootloader.Paths) (bool, error) {
+	for _, f := range b.files {
+		fi, err := os.Stat(filepath.Join(p.Boot, b.dir(), f.name))
+		if errors.Is(err, fs.ErrNotExist) {
+			return false, nil
+		} else if err != nil {
+			return false, err
+		}
+		// The directory got its name when all was durable in it, so the size is enough.
+		if fi.Size() != f.node.File.Size {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// checkRoom compares what they need with what the boot file system has.
+func (b *bootFiles) checkRoom(p bootloader.Paths) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(p.Boot, &st); err != nil {
+		return fmt.Errorf("asking for the free space of %q: %w", p.Boot, err)
+	}
+	block := int64(st.Bsize)
+	need := int64(reserve)
+	for _, f := range b.files {
+		need += (f.node.File.Size + block - 1) / block * block
+	}
+	if free := int64(st.Bavail) * block; free < need {
+		return fmt.Errorf("%w %q: the kernel and its initramfs need %d MiB, %d MiB are free; particle hostdeploy gc removes what is not needed, unpinning a deployment lets it",
+			ErrNoSpace, p.Boot, (need+1<<20-1)>>20, free>>20)
+	}
+	return nil
+}
+
+// write copies them to the boot file system. The directory appears when all is durable.
+func (b *bootFiles) write(ctx context.Context, objects Opener, p bootloader.Paths) error {
+	dir := filepath.Join(p.Boot, b.dir())
+	tmp := dir + tempSuffix
+	for _, old := range []string{tmp, dir} {
+		if err := os.RemoveAll(old); err != nil {
+			return fmt.Errorf("removing an unfinished kernel: %w", err)
+		}
+	}
+	if err := os.Mkdir(tmp, 0o700); err != nil {
+		return fmt.Errorf("making the kernel's directory: %w", err)
+	}
+	for _, f := range b.files {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		r, err := openNode(objects, f.node)
+		if err != nil {
+			return fmt.Errorf("opening the image's %s: %w", f.name, err)
+		}
+		err = copyDurably(filepath.Join(tmp, f.name), r, f.node.File.Size)
+		r.Close()
+		if err != nil {
+			os.RemoveAll(tmp)
+			return fmt.Errorf("copying the image's %s to %q: %w", f.name, tmp, err)
+		}
+	}
+	if err := syncDir(tmp); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, dir); err != nil {
+		return fmt.Errorf("naming the kernel's directory: %w", err)
+	}
+	return syncDir(p.Boot)
+}
+
+// bootDirs lists the directories of kernels on the boot file system, unfinished ones
+// among them.
+func bootDirs(p bootloader.Paths) ([]string, error) {
+	entries, err := os.ReadDir(p.Boot)
+	if err != nil {
+		return nil, fmt.Errorf("listing %q: %w", p.Boot, err)
+	}
+	var dirs []string
+	for _, e := range entries {
+		hash, ok := strings.CutPrefix(strings.TrimSuffix(e.Name(), tempSuffix), bootPrefix)
+		if ok && e.IsDir() && len(hash) == 64 && strings.Trim(hash, "0123456789abcdef") == "" {
+			dirs = append(dirs, e.Name())
+		}
+	}
+	return dirs, nil
+}
+
+// usedBootDirs are those that entries refer to.
+func usedBootDirs(entries []bootloader.Entry) []string {
+	var used []string
+	for _, e := range entries {
+		for _, name := range slices.Concat([]string{e.Linux, e.EFI}, e.Initrd) {
+			if name != "" {
+				used = append(used, path.Base(path.Dir(name)))
+			}
+		}
+	}
+	return used
+}

@@ -1,0 +1,234 @@
+// Package hostdeploy makes a host boot images: it installs them, keeps several
+// deployments side by side, moves between them, and removes what is no longer needed.
+//
+// Find looks into an image for what it takes to boot it. NewPlan works out what is to
+// be done, and writes nothing; Apply does it. What makes a deployment visible, its boot
+// entry, comes last, so that the host boots the old or the new system, whenever the
+// power fails. docs/boot.md has the layout and the order of writes.
+//
+// Left out: where images come from (callers bring them into the host's store), how a
+// disk is partitioned (package disk), the boot loaders (package bootloader) and what
+// happens while the machine boots (package initramfs).
+package hostdeploy
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/particle-os/particle/converter/erofs"
+	"github.com/particle-os/particle/converter/fsverity"
+	"github.com/particle-os/particle/converter/store"
+	"github.com/particle-os/particle/converter/tree"
+	"github.com/particle-os/particle/hostdeploy/bootloader"
+	"github.com/particle-os/particle/hostdeploy/initramfs"
+)
+
+// Places below the physical root; docs/boot.md shows the whole.
+const (
+	storeDir   = "composefs"
+	deployDir  = "state/deploy"
+	osDir      = "state/os"
+	defaultOS  = "default"
+	historyLog = "state/history"
+	lockFile   = "state/lock"
+	// verityMark is there when the store was filled where files could not get
+	// fs-verity; the initramfs does that and removes it.
+	verityMark = "state/enable-verity"
+)
+
+// stagedFile, below the run directory, is the deployment that becomes one at shutdown.
+const stagedFile = "staged.json"
+
+// A Host is a physical root with its boot file system: the disk of this machine, or
+// one that is being installed.
+type Host struct {
+	// Root is the directory of the physical root: "/sysroot" on a running host.
+	Root string
+	// Run is the directory for what a power loss shall forget: "/run/particle". "" on
+	// a disk that is being installed, which cannot have staged deployments.
+	Run    string
+	Paths  bootloader.Paths
+	Loader bootloader.Loader
+	Store  *store.Store
+	// Booted is the id of the running deployment, "" where none of this host's runs.
+	Booted string
+	// Warn is told what is odd but does no harm; never nil.
+	Warn func(format string, args ...any)
+}
+
+// HostOptions say where the parts of a host are. The zero value is the running host.
+type HostOptions struct {
+	Root string // "/sysroot"
+	Run  string // "/run/particle"
+	// Boot is where the boot file system is mounted; "/boot".
+	Boot string
+	// Loader names the boot loader; "" finds out.
+	Loader string
+	// Cmdline is that of the running kernel; "" reads /proc/cmdline.
+	Cmdline string
+	Warn    func(format string, args ...any)
+}
+
+// Open opens the running host. The error is ErrNotHost where it was not deployed by
+// Particle, and [bootloader.ErrNone] where it has no boot loader.
+func Open(o HostOptions) (*Host, error) {
+	def := func(s *string, value string) {
+		if *s == "" {
+			*s = value
+		}
+	}
+	def(&o.Root, "/sysroot")
+	def(&o.Run, "/run/particle")
+	def(&o.Boot, "/boot")
+	if o.Cmdline == "" {
+		line, err := os.ReadFile("/proc/cmdline")
+		if err != nil {
+			return nil, fmt.Errorf("reading the kernel's command line: %w", err)
+		}
+		o.Cmdline = string(line)
+	}
+	if o.Warn == nil {
+		o.Warn = func(string, ...any) {}
+	}
+	h := &Host{Root: o.Root, Run: o.Run, Booted: bootedID(ParseArgs(o.Cmdline)), Warn: o.Warn}
+	// After a soft reboot the command line is still that of the boot before.
+	if r, err := initramfs.Read(o.Run); err == nil {
+		h.Booted = cmp.Or(r.Deployment, r.Digest.String())
+	} else if !errors.Is(err, initramfs.ErrNoReport) {
+		o.Warn("reading what the initramfs reported: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(h.Root, deployDir)); err != nil {
+		return nil, fmt.Errorf("%w: %w; particle hostdeploy install makes one", ErrNotHost, err)
+	}
+	var err error
+	if h.Store, err = store.Open(filepath.Join(h.Root, storeDir)); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNotHost, err)
+	}
+	if h.Paths, err = bootPaths(o.Boot); err != nil {
+		return nil, err
+	}
+	if o.Loader != "" {
+		h.Loader, err = bootloader.ByName(o.Loader, h.Paths)
+	} else {
+		h.Loader, err = bootloader.Detect(h.Paths)
+	}
+	return h, err
+}
+
+// bootPaths tells whether a directory is a file system of its own, so that the loader
+// sees its files at the root.
+func bootPaths(dir string) (bootloader.Paths, error) {
+	var here, above unix.Stat_t
+	if err := unix.Stat(dir, &here); err != nil {
+		return bootloader.Paths{}, fmt.Errorf("looking for the boot file system at %q: %w", dir, err)
+	}
+	if err := unix.Stat(filepath.Join(dir, ".."), &above); err != nil {
+		return bootloader.Paths{}, fmt.Errorf("looking for the boot file system at %q: %w", dir, err)
+	}
+	p := bootloader.Paths{Boot: dir}
+	if here.Dev == above.Dev && here.Ino != above.Ino {
+		p.Prefix = "/" + filepath.Base(dir)
+	}
+	return p, nil
+}
+
+// bootedID returns the id of the deployment that a kernel command line names, "" for
+// none.
+func bootedID(args Args) string {
+	if id, ok := args.Value("particle.deployment"); ok && checkID(id) == nil {
+		return id
+	}
+	// Several digests may be given; the first one that could be booted was.
+	for _, a := range args {
+		switch name, value := cutArg(a); name {
+		case "composefs.digest":
+			if d, _, err := parseDigestText(value); err == nil {
+				return d.String()
+			}
+		case "composefs":
+			if d, err := fsverity.Parse(strings.TrimPrefix(value, "?")); err == nil {
+				return d.String()
+			}
+		}
+	}
+	return ""
+}
+
+// path returns a path below the physical root.
+func (h *Host) path(elem ...string) string {
+	return filepath.Join(append([]string{h.Root}, elem...)...)
+}
+
+// Lock keeps other runs out until release is called. It does not wait: the error is
+// ErrBusy and says which process has the lock.
+func (h *Host) Lock() (release func(), err error) {
+	name := h.path(lockFile)
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
+	if errors.Is(err, unix.EROFS) {
+		return nil, fmt.Errorf("locking %q: %w; is the physical root mounted read-only?", name, ErrReadOnly)
+	} else if err != nil {
+		return nil, fmt.Errorf("locking the host's deployments: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		defer f.Close()
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("locking %q: %w", name, err)
+		}
+		pid, _ := io.ReadAll(io.LimitReader(f, 32))
+		return nil, fmt.Errorf("%w (process %s); wait for it to end", ErrBusy, bytes.TrimSpace(pid))
+	}
+	// Only for the message above: the lock is the kernel's and ends with the process.
+	if err := f.Truncate(0); err == nil {
+		_, _ = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
+	}
+	return func() { f.Close() }, nil
+}
+
+// tree reads the tree of an image of the store by its composefs digest.
+func (h *Host) tree(d fsverity.Digest) (*tree.Tree, error) {
+	f, _, err := h.Store.OpenImage(d.String())
+	if errors.Is(err, store.ErrNotFound) {
+		return nil, fmt.Errorf("%w: %w", ErrNoImage, err)
+	} else if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return erofs.Read(f, fi.Size())
+}
+
+// checkWritable returns ErrReadOnly unless the boot file system and the physical root
+// can be written.
+func (h *Host) checkWritable() error {
+	for _, dir := range []struct{ path, what string }{{h.Paths.Boot, "the boot file system"}, {h.Root, "the physical root"}} {
+		err := unix.Access(dir.path, unix.W_OK)
+		if errors.Is(err, unix.EROFS) {
+			return fmt.Errorf("%w: %s at %q is mounted read-only; mount -o remount,rw %s", ErrReadOnly, dir.what, dir.path, dir.path)
+		} else if err != nil {
+			return fmt.Errorf("checking %s at %q: %w", dir.what, dir.path, err)
+		}
+	}
+	return nil
+}
+
+// exists reports whether there is something at a path.
+func exists(name string) (bool, error) {
+	_, err := os.Lstat(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
+}

@@ -1,0 +1,584 @@
+package hostdeploy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cavaliergopher/cpio"
+
+	"github.com/particle-os/particle/converter"
+	"github.com/particle-os/particle/converter/store"
+	"github.com/particle-os/particle/hostdeploy/bootloader"
+)
+
+var ctx = context.Background()
+
+// A memLoader keeps entries in memory, in the order of systemd-boot.
+type memLoader struct {
+	entries []bootloader.Entry
+	max     int
+	fail    error // of the next change
+}
+
+func (l *memLoader) Name() string { return "memory" }
+
+func (l *memLoader) Entries(func(string, ...any)) ([]bootloader.Entry, error) {
+	all := slices.Clone(l.entries)
+	for i := range all {
+		if c := all[i].Counter; c != nil {
+			copied := *c
+			all[i].Counter = &copied
+		}
+	}
+	slices.SortStableFunc(all, func(a, b bootloader.Entry) int {
+		if a.Bad() != b.Bad() {
+			if a.Bad() {
+				return 1
+			}
+			return -1
+		}
+		return b.Generation - a.Generation
+	})
+	return all, nil
+}
+
+func (l *memLoader) index(id string) int {
+	return slices.IndexFunc(l.entries, func(e bootloader.Entry) bool { return e.ID == id })
+}
+
+func (l *memLoader) Add(e bootloader.Entry) error {
+	if l.fail != nil {
+		return l.fail
+	}
+	if i := l.index(e.ID); i >= 0 {
+		l.entries[i] = e
+		return nil
+	}
+	l.entries = append(l.entries, e)
+	return nil
+}
+
+func (l *memLoader) Remove(id string) error {
+	i := l.index(id)
+	if i < 0 {
+		return bootloader.ErrNoEntry
+	}
+	l.entries = slices.Delete(l.entries, i, i+1)
+	return nil
+}
+
+func (l *memLoader) Good(id string) error {
+	i := l.index(id)
+	if i < 0 {
+		return bootloader.ErrNoEntry
+	}
+	l.entries[i].Counter = nil
+	return nil
+}
+
+func (l *memLoader) Sync() error             { return nil }
+func (l *memLoader) Tries() bootloader.Tries { return bootloader.Tries{Max: l.max, How: "in memory"} }
+
+// initrd returns an initramfs with the given files.
+func initrd(t *testing.T, names ...string) string {
+	t.Helper()
+	var b bytes.Buffer
+	w := cpio.NewWriter(&b)
+	for _, name := range names {
+		if err := w.WriteHeader(&cpio.Header{Name: name, Mode: cpio.TypeReg | 0o755, Size: 1}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// system returns the files of an image that boots, in one version.
+func system(t *testing.T, version string) map[string]string {
+	return map[string]string{
+		"usr/lib/os-release":            "ID=test\nPRETTY_NAME=Test\nIMAGE_VERSION=" + version + "\n",
+		"usr/lib/modules/1/modules":     "",
+		"usr/lib/particle/kargs.d/a":    "not read",
+		"boot/vmlinuz-1":                "kernel " + strings.Repeat("k", 100),
+		"boot/initrd.img-1":             initrd(t, "init", "usr/lib/particle/particle-init-root", "scripts/init-bottom/particle", "usr/lib/modules/1/kernel/fs/erofs/erofs.ko", "usr/lib/modules/1/kernel/fs/overlayfs/overlay.ko"),
+		"etc/fstab":                     "# none\n",
+		"etc/version":                   version + "\n",
+		"etc/conf":                      "default of " + version + "\n",
+		"var/lib/state":                 "made by " + version + "\n",
+		"usr/share/" + version + ".txt": strings.Repeat(version, 100),
+	}
+}
+
+// put brings an image of files into the store and returns the digest of its manifest.
+func put(t *testing.T, st *store.Store, files map[string]string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for name, content := range files {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The same files are the same image, whenever they were written.
+	err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		return os.Chtimes(path, time.Unix(1e9, 0), time.Unix(1e9, 0))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := converter.ConvertDir(ctx, dir, st, converter.Options{Bootable: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return res.Manifest.String()
+}
+
+// newHost installs a first image and returns the host as if it had booted it.
+func newHost(t *testing.T) (*Host, *memLoader) {
+	t.Helper()
+	root := t.TempDir()
+	boot := filepath.Join(root, "boot")
+	if err := os.Mkdir(boot, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	loader := &memLoader{max: 3}
+	n := &NewHost{
+		Root: root, Paths: bootloader.Paths{Boot: boot, Prefix: "/boot"}, Loader: "systemd-boot",
+		Args: Args{"root=UUID=1", "rw"}, Machine: Args{"console=ttyS0"}, Fstab: "UUID=2 /boot ext4 defaults 0 2\n",
+		Reference: "docker://registry.example/test:1",
+	}
+	plan, err := n.Prepare(ctx, func(_ context.Context, st *store.Store) (string, error) { return put(t, st, system(t, "one")), nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	plan.h.Loader = loader
+	if err := n.Install(ctx, plan); err != nil {
+		t.Fatal(err)
+	}
+	h := plan.h
+	h.Run, h.Booted, h.Warn = filepath.Join(root, "run"), plan.ID, t.Logf
+	return h, loader
+}
+
+// upgrade stages an image and finalizes it, and boots it where it says so.
+func upgrade(t *testing.T, h *Host, files map[string]string) *Plan {
+	t.Helper()
+	req := Request{Manifest: put(t, h.Store, files), Base: h.Booted, Reference: "docker://registry.example/test:1"}
+	p, err := NewPlan(ctx, h, req, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Apply(ctx, nil); err != nil {
+		t.Fatal(err)
+	}
+	if p, err = h.Finalize(ctx, nil); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// roles describes the deployments, in the order in which they boot.
+func roles(t *testing.T, h *Host) string {
+	t.Helper()
+	all, err := h.Deployments()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out []string
+	for _, d := range all {
+		s := d.Version
+		for _, r := range []struct {
+			is   bool
+			name string
+		}{{d.Booted, "booted"}, {d.Staged, "staged"}, {d.Default, "default"}, {d.Pinned, "pinned"}, {d.Failed, "failed"}, {d.Tries != nil, "counting"}} {
+			if r.is {
+				s += " " + r.name
+			}
+		}
+		out = append(out, s)
+	}
+	return strings.Join(out, ", ")
+}
+
+func wantRoles(t *testing.T, h *Host, want string) {
+	t.Helper()
+	if got := roles(t, h); got != want {
+		t.Errorf("deployments:\n got %s\nwant %s", got, want)
+	}
+}
+
+func wantFile(t *testing.T, name, want string) {
+	t.Helper()
+	got, err := os.ReadFile(name)
+	if err != nil || string(got) != want {
+		t.Errorf("%s: got %q, %v, want %q", name, got, err, want)
+	}
+}
+
+// wantSound checks what must hold at every moment: every entry has its kernel, its
+// state and its image, and the store is clean.
+func wantSound(t *testing.T, h *Host) {
+	t.Helper()
+	all, err := h.Deployments()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(all) == 0 {
+		t.Fatal("nothing can be booted")
+	}
+	for _, d := range all {
+		if d.Staged {
+			continue
+		}
+		if ok, err := h.bootable(d.Entry); !ok || err != nil {
+			t.Errorf("deployment %s: its kernel is missing (%v)", d.Name(), err)
+		}
+		for _, name := range []string{"etc/fstab", "var/lib/state", d.ID + ".origin"} {
+			if _, err := os.Stat(filepath.Join(h.stateDir(d.ID), name)); err != nil {
+				t.Errorf("deployment %s: %v", d.Name(), err)
+			}
+		}
+		if _, err := h.tree(d.Digest); err != nil {
+			t.Errorf("deployment %s: %v", d.Name(), err)
+		}
+	}
+	r, err := converter.Fsck(ctx, h.Store, store.FsckOptions{Scrub: true})
+	if err != nil || !r.Clean() {
+		t.Errorf("the store: %v %+v", err, r)
+	}
+}
+
+func TestInstall(t *testing.T) {
+	h, loader := newHost(t)
+	wantRoles(t, h, "one booted default")
+	wantSound(t, h)
+	e := loader.entries[0]
+	if e.ID != "particle-1" || e.Counter != nil || !strings.HasPrefix(e.Linux, "/boot/particle-") || len(e.Initrd) != 1 {
+		t.Errorf("entry: %+v", e)
+	}
+	if want := "root=UUID=1 rw composefs.digest=v1-sha256-12:" + h.Booted + " console=ttyS0"; e.Options != want {
+		t.Errorf("options:\n got %s\nwant %s", e.Options, want)
+	}
+	state := h.stateDir(h.Booted)
+	wantFile(t, filepath.Join(state, "etc/fstab"), "# none\nUUID=2 /boot ext4 defaults 0 2\n")
+	wantFile(t, filepath.Join(state, "var/lib/state"), "made by one\n")
+	if link, err := os.Readlink(filepath.Join(state, "var")); err != nil || link != "../../os/default/var" {
+		t.Errorf("var: %q, %v", link, err)
+	}
+	if _, err := os.Stat(h.path(verityMark)); h.Store.Verity() != errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("fs-verity %v, but the mark for the first boot: %v", h.Store.Verity(), err)
+	}
+	// Nobody installs over a host.
+	again := &NewHost{Root: h.Root, Paths: h.Paths, Loader: "systemd-boot"}
+	if _, err := again.Prepare(ctx, nil); err == nil {
+		t.Error("installing twice did not fail")
+	}
+}
+
+// TestUpgradeAndBack walks through a host's life.
+func TestUpgradeAndBack(t *testing.T) {
+	h, loader := newHost(t)
+	first := h.Booted
+	etc := filepath.Join(h.stateDir(first), "etc")
+	for name, content := range map[string]string{"conf": "mine\n", "added": "by hand\n"} {
+		if err := os.WriteFile(filepath.Join(etc, name), []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	req := Request{Manifest: put(t, h.Store, system(t, "two")), Base: h.Booted}
+	p, err := NewPlan(ctx, h, req, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Apply(ctx, nil); err != nil {
+		t.Fatal(err)
+	}
+	wantRoles(t, h, "two staged default, one booted")
+	wantSound(t, h)
+	// What happens to /etc between staging and the shutdown counts.
+	if err := os.WriteFile(filepath.Join(etc, "late"), []byte("late\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Finalize(ctx, nil); err != nil {
+		t.Fatal(err)
+	}
+	wantRoles(t, h, "two default counting, one booted")
+	wantSound(t, h)
+	if n, err := h.Finalize(ctx, nil); n != nil || err != nil {
+		t.Errorf("finalizing nothing: %v, %v", n, err)
+	}
+	state := h.stateDir(p.ID)
+	wantFile(t, filepath.Join(state, "etc/version"), "two\n")
+	wantFile(t, filepath.Join(state, "etc/conf"), "mine\n")
+	wantFile(t, filepath.Join(state, "etc/conf.dpkg-dist"), "default of two\n")
+	wantFile(t, filepath.Join(state, "etc/added"), "by hand\n")
+	wantFile(t, filepath.Join(state, "etc/late"), "late\n")
+	wantFile(t, filepath.Join(state, "var/lib/state"), "made by one\n") // /var is the machine's
+	wantFile(t, filepath.Join(etc, "version"), "one\n")
+
+	// It boots.
+	h.Booted = p.ID
+	loader.entries[1].Counter = &bootloader.Counter{Left: 2, Done: 1}
+	if d, err := h.Good(); err != nil || d.ID != p.ID {
+		t.Fatalf("Good: %v, %v", d, err)
+	}
+	wantRoles(t, h, "two booted default, one")
+
+	// And back: the old /etc as it was.
+	if d, err := h.Rollback(""); err != nil || d.ID != first {
+		t.Fatalf("Rollback: %v, %v", d, err)
+	}
+	wantRoles(t, h, "one default, two booted")
+	wantSound(t, h)
+	wantFile(t, filepath.Join(etc, "conf"), "mine\n")
+	// Once more: the running one boots next again.
+	if _, err := h.Rollback(""); err != nil {
+		t.Fatal(err)
+	}
+	wantRoles(t, h, "two booted default, one")
+
+	// The third image pushes the first out, unless it is pinned.
+	p = upgrade(t, h, system(t, "three"))
+	h.Booted = p.ID
+	if _, err := h.Good(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Pin(first[:8], true); err != nil {
+		t.Fatal(err)
+	}
+	if c, err := h.Collect(ctx, false, nil); err != nil || len(c.Deployments) != 0 {
+		t.Errorf("collected %+v, %v", c, err)
+	}
+	wantRoles(t, h, "three booted default, two, one pinned")
+	if _, err := h.Pin(first[:8], false); err != nil {
+		t.Fatal(err)
+	}
+	dry, err := h.Collect(ctx, true, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantRoles(t, h, "three booted default, two, one")
+	c, err := h.Collect(ctx, false, nil)
+	if err != nil || !slices.Equal(c.Deployments, []string{first}) || !slices.Equal(dry.Deployments, c.Deployments) || c.Store.ObjectsRemoved == 0 {
+		t.Errorf("collected %+v, %v; announced %+v", c, err, dry)
+	}
+	wantRoles(t, h, "three booted default, two")
+	wantSound(t, h)
+	if _, err := os.Stat(h.stateDir(first)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the state of a removed deployment: %v", err)
+	}
+	events, err := h.History()
+	var what []string
+	for _, e := range events {
+		what = append(what, e.What)
+	}
+	if want := "deployed, deployed, booted, rolled back to, rolled back to, deployed, booted, removed"; err != nil || strings.Join(what, ", ") != want {
+		t.Errorf("history: %s, %v, want %s", strings.Join(what, ", "), err, want)
+	}
+}
+
+// TestFallback: what the loader gave up comes last, and is not what a rollback means.
+func TestFallback(t *testing.T) {
+	h, loader := newHost(t)
+	bad := upgrade(t, h, system(t, "bad"))
+	loader.entries[1].Counter = &bootloader.Counter{Left: 0, Done: 3}
+	wantRoles(t, h, "one booted default, bad failed counting")
+	if d, err := h.Rollback(""); !errors.Is(err, ErrNoDeployment) {
+		t.Errorf("rolled back to %v, %v", d, err)
+	}
+	if c, err := h.Prune(false); err != nil || !slices.Equal(c.Deployments, []string{bad.ID}) {
+		t.Errorf("pruned %+v, %v", c, err)
+	}
+	wantRoles(t, h, "one booted default")
+	wantSound(t, h)
+	// It may be deployed again, and gets its tries.
+	again := upgrade(t, h, system(t, "bad"))
+	if again.ID != bad.ID {
+		t.Errorf("got id %s, want %s", again.ID, bad.ID)
+	}
+	wantRoles(t, h, "bad default counting, one booted")
+}
+
+// TestSameImageTwice: other arguments for the running image make a second deployment
+// of it.
+func TestSameImageTwice(t *testing.T) {
+	h, loader := newHost(t)
+	all, err := h.Deployments()
+	if err != nil {
+		t.Fatal(err)
+	}
+	req := Request{Manifest: all[0].Manifest, Base: h.Booted, Edits: []Edit{{Append: Args{"debug"}}, {Delete: Args{"console"}}}}
+	p, err := NewPlan(ctx, h, req, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.Same(all[0]) {
+		t.Error("it is said to be the same")
+	}
+	if err := p.Apply(ctx, nil); err != nil {
+		t.Fatal(err)
+	}
+	if want := h.Booted + ".1"; p.ID != want {
+		t.Errorf("id: got %s, want %s", p.ID, want)
+	}
+	if want := "root=UUID=1 rw composefs.digest=v1-sha256-12:" + h.Booted + " particle.deployment=" + p.ID + " debug"; loader.entries[1].Options != want {
+		t.Errorf("options:\n got %s\nwant %s", loader.entries[1].Options, want)
+	}
+	if loader.entries[0].Linux != loader.entries[1].Linux {
+		t.Error("the kernel is not shared")
+	}
+	wantSound(t, h)
+	// The id is free again once the first of the two is gone.
+	h.Booted = p.ID
+	if _, err := h.Good(); err != nil {
+		t.Fatal(err)
+	}
+	upgrade(t, h, system(t, "two"))
+	wantSound(t, h)
+	same, err := NewPlan(ctx, h, Request{Manifest: all[0].Manifest, Base: h.Booted}, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := h.Booted[:64] + ".2"; same.ID != want {
+		t.Errorf("id: got %s, want %s", same.ID, want)
+	}
+	now, err := h.Deployments()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !same.Same(booted(now)) {
+		t.Error("the running image with its arguments is said to be another")
+	}
+}
+
+// TestRefused: one clear error each, and nothing is changed.
+func TestRefused(t *testing.T) {
+	h, _ := newHost(t)
+	without := func(name string) map[string]string {
+		files := system(t, "bad")
+		delete(files, name)
+		return files
+	}
+	noSetup := system(t, "bad")
+	noSetup["boot/initrd.img-1"] = initrd(t, "init")
+	noBoot := without("boot/vmlinuz-1")
+	for _, test := range []struct {
+		name  string
+		files map[string]string
+		want  error
+	}{
+		{"no kernel", noBoot, ErrNoKernel},
+		{"no initramfs", without("boot/initrd.img-1"), ErrNoInitrd},
+		{"no set-up", noSetup, ErrNoSetup},
+	} {
+		manifest := put(t, h.Store, test.files)
+		before := snapshot(t, h)
+		_, err := NewPlan(ctx, h, Request{Manifest: manifest, Base: h.Booted}, true)
+		if !errors.Is(err, test.want) {
+			t.Errorf("%s: got %v, want %v", test.name, err, test.want)
+		}
+		if after := snapshot(t, h); after != before {
+			t.Errorf("%s: the host was changed:\n%s\nbefore:\n%s", test.name, after, before)
+		}
+		_, err = NewPlan(ctx, h, Request{Manifest: manifest, Base: h.Booted, Force: true}, true)
+		if wantErr := test.want == ErrNoKernel; (err != nil) != wantErr {
+			t.Errorf("%s, forced: %v", test.name, err)
+		}
+	}
+	if _, err := NewPlan(ctx, h, Request{Manifest: "sha256:" + strings.Repeat("0", 64)}, true); !errors.Is(err, converter.ErrNotFound) {
+		t.Errorf("an unknown image: %v", err)
+	}
+	unlock, err := h.Lock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Lock(); !errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), fmt.Sprint(os.Getpid())) {
+		t.Errorf("locking twice: %v", err)
+	}
+	unlock()
+	if unlock, err = h.Lock(); err != nil {
+		t.Errorf("the lock stays: %v", err)
+	} else {
+		unlock()
+	}
+}
+
+// snapshot lists all paths of a host but the store's.
+func snapshot(t *testing.T, h *Host) string {
+	t.Helper()
+	var names []string
+	err := filepath.WalkDir(h.Root, func(path string, e fs.DirEntry, err error) error {
+		if err == nil && e.IsDir() && e.Name() == storeDir {
+			return fs.SkipDir
+		}
+		if err != nil {
+			return err
+		}
+		fi, err := e.Info()
+		names = append(names, fmt.Sprintf("%s %d", path, fi.Size()))
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Join(names, "\n")
+}
+
+// TestInterrupted stops a deployment before each of its steps, as a signal or an error
+// would: the host stays as it is, and the next run succeeds and leaves nothing over.
+func TestInterrupted(t *testing.T) {
+	for stop := 0; ; stop++ {
+		h, loader := newHost(t)
+		files := system(t, "two")
+		files["boot/vmlinuz-1"] = "another kernel"
+		req := Request{Manifest: put(t, h.Store, files), Base: h.Booted}
+		p, err := NewPlan(ctx, h, req, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if stop == len(p.Steps) {
+			return
+		}
+		stopped := errors.New("stopped")
+		p.Steps[stop].run = func(context.Context) error { return stopped }
+		if err := p.Apply(ctx, nil); !errors.Is(err, stopped) || !strings.Contains(err.Error(), p.Steps[stop].Text) {
+			t.Fatalf("step %d: %v", stop, err)
+		}
+		wantRoles(t, h, "one booted default")
+		wantSound(t, h)
+		if _, err := h.Collect(ctx, false, nil); err != nil {
+			t.Fatal(err)
+		}
+		left := snapshot(t, h)
+		for _, name := range []string{p.ID, p.BootDigest, tempSuffix} {
+			if strings.Contains(left, name) {
+				t.Errorf("step %d: after collecting there is something of %s:\n%s", stop, name, left)
+			}
+		}
+		upgrade(t, h, files)
+		wantRoles(t, h, "two default counting, one booted")
+		wantSound(t, h)
+		_ = loader
+	}
+}

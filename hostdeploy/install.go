@@ -1,0 +1,142 @@
+package hostdeploy
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/particle-os/particle/converter"
+	"github.com/particle-os/particle/converter/mount"
+	"github.com/particle-os/particle/converter/store"
+	"github.com/particle-os/particle/hostdeploy/bootloader"
+)
+
+// A NewHost is a disk, or a directory, that is made a host.
+type NewHost struct {
+	// Root is the directory of the physical root, mounted and writable.
+	Root string
+	// Paths of the boot file system, which may be an ordinary directory until the disk
+	// is finished.
+	Paths bootloader.Paths
+	// Loader names the boot loader.
+	Loader string
+	// Target is what the loader itself is installed on; nil leaves the disk's loader as
+	// it is. Its Root is filled in here.
+	Target *bootloader.Target
+	// Args lead to the physical root: "root=UUID=…", "rw".
+	Args Args
+	// Machine are further arguments that this machine needs, "console=ttyS0" say.
+	Machine Args
+	// Fstab has lines for the machine's /etc/fstab.
+	Fstab string
+	// Reference is where updates come from.
+	Reference string
+	// Kernel, Force and Insecure as in [Request].
+	Kernel   string
+	Force    bool
+	Insecure bool
+	Warn     func(format string, args ...any)
+	Done     Done
+}
+
+// Fill brings the image into the new host's store and returns the digest of its
+// manifest.
+type Fill func(context.Context, *store.Store) (manifest string, err error)
+
+// Prepare makes the store and the directories of the state, and fills the store. What
+// it returns may be applied.
+func (n *NewHost) Prepare(ctx context.Context, fill Fill) (*Plan, error) {
+	if n.Warn == nil {
+		n.Warn = func(string, ...any) {}
+	}
+	if have, err := exists(filepath.Join(n.Root, deployDir)); err != nil {
+		return nil, err
+	} else if have {
+		return nil, fmt.Errorf("installing to %q: there are deployments already, in %q; particle hostdeploy switch, on the running system, changes them", n.Root, deployDir)
+	}
+	st, err := store.Init(filepath.Join(n.Root, storeDir), store.Options{})
+	if err != nil {
+		return nil, err
+	}
+	manifest, err := fill(ctx, st)
+	if err != nil {
+		return nil, err
+	}
+	s, err := converter.Find(st, manifest)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := converter.MakeBootable(ctx, st, s); err != nil {
+		return nil, err
+	}
+	loader, err := bootloader.ByName(n.Loader, n.Paths)
+	if err != nil {
+		return nil, err
+	}
+	h := &Host{Root: n.Root, Paths: n.Paths, Loader: loader, Store: st, Warn: n.Warn}
+	return NewPlan(ctx, h, Request{
+		Manifest: manifest, Reference: n.Reference, KArgs: KArgs{Boot: n.Args, Machine: n.Machine},
+		Kernel: n.Kernel, Force: n.Force, Insecure: n.Insecure, Fstab: n.Fstab,
+	}, false)
+}
+
+// Install applies a plan of Prepare and installs the boot loader.
+func (n *NewHost) Install(ctx context.Context, p *Plan) error {
+	for _, dir := range []string{deployDir, filepath.Join(osDir, defaultOS)} {
+		if err := os.MkdirAll(filepath.Join(n.Root, dir), 0o755); err != nil {
+			return fmt.Errorf("making the state's directories: %w", err)
+		}
+	}
+	unlock, err := p.h.Lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if !p.h.Store.Verity() {
+		// The store was filled where files cannot get fs-verity: the first boot gives it
+		// to them.
+		if err := writeFile(filepath.Join(n.Root, verityMark), nil, 0o600); err != nil {
+			return err
+		}
+	}
+	if n.Target != nil {
+		if err := n.installLoader(ctx, p); err != nil {
+			return fmt.Errorf("installing the boot loader %s: %w", n.Loader, err)
+		}
+	}
+	return p.Apply(ctx, n.Done)
+}
+
+// installLoader has the loader installed from the image, which is mounted for it.
+func (n *NewHost) installLoader(ctx context.Context, p *Plan) (err error) {
+	installer, err := bootloader.InstallerByName(n.Loader)
+	if err != nil {
+		return err
+	}
+	// The whole image: loaders' files may lie in /boot.
+	img, err := converter.OpenImage(p.h.Store, p.image, converter.Merged)
+	if err != nil {
+		return err
+	}
+	defer img.Close()
+	dir, err := os.MkdirTemp("", "particle-image-")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(dir)
+	if _, err := mount.Mount(dir, mount.Options{
+		Image: img, Objects: []string{p.h.Store.ObjectsDir()}, ObjectsChecked: true,
+		Name: p.image.Images[converter.Merged.String()].String(), ReadOnly: true,
+	}); err != nil {
+		return fmt.Errorf("mounting the image: %w", err)
+	}
+	defer func() {
+		if uerr := mount.Unmount(dir); err == nil {
+			err = uerr
+		}
+	}()
+	t := *n.Target
+	t.Root = dir
+	return installer.Install(ctx, t)
+}
