@@ -114,7 +114,7 @@ func Open(o HostOptions) (*Host, error) {
 	if h.Store, err = store.Open(filepath.Join(h.Root, storeDir)); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNotHost, err)
 	}
-	if h.Paths, err = bootPaths(o.Boot); err != nil {
+	if h.Paths, err = BootPaths(o.Boot); err != nil {
 		return nil, err
 	}
 	if o.Loader != "" {
@@ -125,9 +125,9 @@ func Open(o HostOptions) (*Host, error) {
 	return h, err
 }
 
-// bootPaths tells whether a directory is a file system of its own, so that the loader
+// BootPaths tells whether a directory is a file system of its own, so that the loader
 // sees its files at the root.
-func bootPaths(dir string) (bootloader.Paths, error) {
+func BootPaths(dir string) (bootloader.Paths, error) {
 	var here, above unix.Stat_t
 	if err := unix.Stat(dir, &here); err != nil {
 		return bootloader.Paths{}, fmt.Errorf("looking for the boot file system at %q: %w", dir, err)

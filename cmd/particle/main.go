@@ -115,6 +115,9 @@ func newApp(t *term) *cli.App {
 		newPullCommand(t),
 		newPushCommand(t),
 	)
+	group("Host",
+		newHostdeployCommand(t),
+	)
 	group("Store",
 		newStoreCommand(t),
 	)

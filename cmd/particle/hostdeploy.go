@@ -1,0 +1,240 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/particle-os/particle/converter"
+	"github.com/particle-os/particle/converter/store"
+	"github.com/particle-os/particle/hostdeploy"
+	"github.com/particle-os/particle/hostdeploy/bootloader"
+	"github.com/particle-os/particle/registry"
+)
+
+func newHostdeployCommand(t *term) *cli.Command {
+	cmd := &cli.Command{
+		Name:      "hostdeploy",
+		Usage:     "boot this host, or a new disk, from an image",
+		ArgsUsage: "[IMAGE]",
+		Description: "With an IMAGE, the same as particle hostdeploy switch IMAGE; without one, as particle\n" +
+			"hostdeploy status. A deployment is an image made ready to boot, with an /etc of its own\n" +
+			"and the /var of the machine. A new one is staged: it becomes the one that boots when\n" +
+			"the machine shuts down, with /etc as it is then. When it does not reach\n" +
+			"boot-complete.target, the machine falls back to the one before.",
+		Flags: append(deployFlags(), bootFlags()...),
+		Subcommands: []*cli.Command{
+			newInstallCommand(t),
+			newUpgradeCommand(t),
+			newSwitchCommand(t),
+			newRollbackCommand(t),
+			newStatusCommand(t),
+			newHistoryCommand(t),
+			newKargsCommand(t),
+			newResetCommand(t),
+			newPinCommand(t),
+			newHostGCCommand(t),
+			newFinalizeCommand(t),
+			newBootSuccessCommand(t),
+			newBootFailedCommand(t),
+		},
+		Action: func(c *cli.Context) error {
+			switch c.NArg() {
+			case 0:
+				return runStatus(t, c)
+			case 1:
+				return runSwitch(t, c, c.Args().First())
+			}
+			return usagef("hostdeploy takes one IMAGE or a verb, got %d arguments; see particle hostdeploy --help", c.NArg())
+		},
+	}
+	return cmd
+}
+
+// bootFlags say where the parts of the host are; the running host needs none.
+func bootFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "sysroot", Hidden: true, Value: "/sysroot", Usage: "the physical root's `DIR`ectory"},
+		&cli.StringFlag{Name: "boot", Hidden: true, Value: "/boot", Usage: "where the boot file system is mounted"},
+		&cli.StringFlag{Name: "bootloader", Usage: "the boot `LOADER`, where it is not found by itself"},
+	}
+}
+
+// deployFlags are those of verbs that make a deployment of an image.
+func deployFlags() []cli.Flag {
+	return append(registryFlags(),
+		&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "fetch the image, then print what would be done and do nothing"},
+		&cli.BoolFlag{Name: "now", Usage: "do not stage: write the boot entry at once, /etc as it is now"},
+		&cli.BoolFlag{Name: "reboot", Usage: "reboot into it when all is done"},
+		&cli.StringFlag{Name: "kernel", Usage: "boot this `VERSION` of the image's kernels (default: the newest)"},
+		&cli.BoolFlag{Name: "fresh-var", Usage: "give it a /var of its own, made from the image"},
+		&cli.BoolFlag{Name: "force", Usage: "deploy an image that lacks an initramfs, or Particle's part of it"},
+		&cli.BoolFlag{Name: "allow-missing-verity", Usage: "let it boot where files have no fs-verity"},
+		&cli.BoolFlag{Name: "json", Usage: "print the result as JSON"},
+	)
+}
+
+func openHost(t *term, c *cli.Context) (*hostdeploy.Host, error) {
+	h, err := hostdeploy.Open(hostdeploy.HostOptions{
+		Root: c.String("sysroot"), Boot: c.String("boot"), Loader: c.String("bootloader"), Warn: t.warnf,
+	})
+	if errors.Is(err, bootloader.ErrNone) {
+		return nil, fmt.Errorf("%w\n--bootloader names one: %s", err, bootloader.Names())
+	}
+	if err != nil {
+		return nil, err
+	}
+	h.Store.Waiting = func(message string) { t.infof("%s", message) }
+	return h, nil
+}
+
+// A phase is a part of a deployment's making, and how long it took.
+type phase struct {
+	Name    string  `json:"name"`
+	Seconds float64 `json:"seconds"`
+	Bytes   int64   `json:"bytes,omitempty"`
+}
+
+// phases collects them, and tells people of each step that is done.
+type phases struct {
+	t   *term
+	all []phase
+}
+
+func (p *phases) add(name string, start time.Time, bytes int64) {
+	p.all = append(p.all, phase{name, time.Since(start).Seconds(), bytes})
+}
+
+func (p *phases) step(s hostdeploy.Step, took time.Duration) {
+	p.all = append(p.all, phase{s.Name, took.Seconds(), s.Bytes})
+	p.t.infof("%s", s.Text)
+}
+
+// fetch brings an image into a store and returns the digest of its manifest and the
+// reference that updates come from. IMAGE is a name in the host's store, a reference
+// with its transport, or HOST/REPO[:TAG] of a registry.
+func fetch(ctx context.Context, t *term, c *cli.Context, st *store.Store, image string, p *phases) (manifest, reference string, err error) {
+	if !isReference(image) {
+		s, err := converter.Find(st, image)
+		if err == nil {
+			_, err = converter.MakeBootable(ctx, st, s)
+			return s.Manifest.String(), "", err
+		}
+		if !errors.Is(err, converter.ErrNotFound) {
+			return "", "", err
+		}
+		image = inRegistry(image)
+	}
+	ref, err := registry.ParseRef(image)
+	if err != nil {
+		return "", "", usageError{err}
+	}
+	o, err := registryOptions(c)
+	if err != nil {
+		return "", "", err
+	}
+	start := time.Now()
+	img, err := registry.Open(ctx, ref, o)
+	if err != nil {
+		return "", "", err
+	}
+	defer img.Close()
+	p.add("resolve", start, 0)
+	start = time.Now()
+	progress := t.newProgress()
+	defer progress.stop()
+	res, err := converter.Convert(ctx, img, st, converter.Options{
+		Name: nameOfRef(ref), Bootable: true, Progress: progress, Warn: t.warnf,
+	})
+	if err != nil {
+		return "", "", err
+	}
+	p.add("pull", start, res.NewBytes)
+	return res.Manifest.String(), image, nil
+}
+
+// A deployed is the result of verbs that make a deployment.
+type deployed struct {
+	*hostdeploy.Plan
+	DryRun bool    `json:"dryRun,omitempty"`
+	Staged bool    `json:"staged"`
+	Same   bool    `json:"same,omitempty"` // nothing to do: it boots next anyway
+	Phases []phase `json:"phases"`
+}
+
+// deploy plans and, unless only the plan is wanted, applies it. unchanged says what to
+// print where the deployment would be the one that boots next anyway, "" to deploy it
+// nevertheless.
+func deploy(t *term, c *cli.Context, h *hostdeploy.Host, req hostdeploy.Request, p *phases, unchanged string) error {
+	req.Kernel, req.FreshVar = c.String("kernel"), req.FreshVar || c.Bool("fresh-var")
+	req.Force, req.Insecure = c.Bool("force"), c.Bool("allow-missing-verity")
+	stage := !c.Bool("now")
+	start := time.Now()
+	plan, err := hostdeploy.NewPlan(c.Context, h, req, stage)
+	if err != nil {
+		return err
+	}
+	p.add("plan", start, 0)
+	res := deployed{Plan: plan, DryRun: c.Bool("dry-run"), Staged: stage}
+	if unchanged != "" {
+		all, err := h.Deployments()
+		if err != nil {
+			return err
+		}
+		res.Same = len(all) > 0 && plan.Same(all[0])
+	}
+	switch {
+	case res.Same:
+		if !c.Bool("json") {
+			t.printf("%s\n", unchanged)
+			return nil
+		}
+		plan.Steps = nil
+	case res.DryRun:
+		if !c.Bool("json") {
+			printPlan(t, plan)
+			return nil
+		}
+	default:
+		if err := plan.Apply(c.Context, p.step); err != nil {
+			return err
+		}
+	}
+	if res.Phases = p.all; c.Bool("json") {
+		err = t.printJSON(res)
+	} else {
+		printDeployed(t, plan, stage)
+	}
+	if err == nil && c.Bool("reboot") && !res.Same && !res.DryRun {
+		err = systemctl(c.Context, "reboot")
+	}
+	return err
+}
+
+func printPlan(t *term, p *hostdeploy.Plan) {
+	t.printf("%s\ndeployment %s, image %s\n", p.Title, p.ID, p.Manifest)
+	for i, s := range p.Steps {
+		t.printf("%2d. %s", i+1, s.Text)
+		if s.Bytes > 0 {
+			t.printf(" (%s)", size(s.Bytes))
+		}
+		t.printf("\n")
+	}
+	t.printf("kernel arguments: %s\n", p.KArgs.All())
+}
+
+func printDeployed(t *term, p *hostdeploy.Plan, staged bool) {
+	if p.Etc != nil {
+		for _, conflict := range p.Etc.Conflicts {
+			t.warnf("%s", conflict)
+		}
+	}
+	if staged {
+		t.printf("%s is staged: it boots after the next shutdown\n", p.Title)
+	} else {
+		t.printf("%s boots next\n", p.Title)
+	}
+}

@@ -1,0 +1,121 @@
+package main
+
+import (
+	"errors"
+	"os"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/particle-os/particle/hostdeploy"
+)
+
+// The verbs of this file are called by systemd's units, not by people.
+
+func newFinalizeCommand(t *term) *cli.Command {
+	return &cli.Command{
+		Name:   "finalize",
+		Usage:  "make the staged deployment the one that boots; run at shutdown",
+		Hidden: true,
+		Flags:  bootFlags(),
+		Action: func(c *cli.Context) error {
+			h, _, unlock, err := change(t, c)
+			if err != nil {
+				return err
+			}
+			defer unlock()
+			p := &phases{t: t}
+			plan, err := h.Finalize(c.Context, p.step)
+			if err != nil {
+				return err
+			}
+			if plan == nil {
+				t.infof("nothing is staged")
+				return nil
+			}
+			printDeployed(t, plan, false)
+			return nil
+		},
+	}
+}
+
+func newBootSuccessCommand(t *term) *cli.Command {
+	return &cli.Command{
+		Name:   "boot-success",
+		Usage:  "the running deployment has proved good; run when boot-complete.target is reached",
+		Hidden: true,
+		Flags:  bootFlags(),
+		Action: func(c *cli.Context) error {
+			h, _, unlock, err := change(t, c)
+			if err != nil {
+				return err
+			}
+			defer unlock()
+			d, err := h.Good()
+			if err != nil {
+				return err
+			}
+			if d == nil {
+				t.infof("no deployment of this host is running")
+				return nil
+			}
+			t.infof("deployment %s is good", d.Name())
+			// What it replaces but one is no longer needed; the store's space is freed by gc.
+			removed, err := h.Prune(false)
+			if errors.Is(err, hostdeploy.ErrInUse) {
+				t.warnf("%v", err)
+				return nil
+			}
+			if err == nil && len(removed.Deployments) > 0 {
+				t.infof("removed %d deployments and %d kernels", len(removed.Deployments), len(removed.Kernels))
+			}
+			return err
+		},
+	}
+}
+
+func newBootFailedCommand(t *term) *cli.Command {
+	return &cli.Command{
+		Name:   "boot-failed",
+		Usage:  "boot-complete.target was not reached; run by its unit's failure",
+		Hidden: true,
+		Flags:  bootFlags(),
+		Action: func(c *cli.Context) error {
+			h, err := openHost(t, c)
+			if err != nil {
+				return err
+			}
+			all, err := h.Deployments()
+			if err != nil {
+				return err
+			}
+			fallback := false
+			for _, d := range all {
+				if d.Booted {
+					// One that proved good before is not left for another: restarting would
+					// only take away the means to look what is wrong.
+					if d.Entry == nil || d.Entry.Counter == nil {
+						t.warnf("deployment %s did not reach boot-complete.target; it was good before, so it stays: systemctl --failed shows what is wrong", d.Name())
+						return nil
+					}
+					t.warnf("deployment %s did not reach boot-complete.target, %d tries left", d.Name(), d.Entry.Counter.Left)
+				} else if !d.Staged && !d.Failed {
+					fallback = true
+				}
+			}
+			if !fallback {
+				t.warnf("there is no other deployment to fall back to")
+				return nil
+			}
+			// What was staged by a system that does not work must not be finalized on its way
+			// down.
+			if unlock, err := h.Lock(); err == nil {
+				_, err = h.Unstage()
+				unlock()
+				if err != nil && !errors.Is(err, os.ErrNotExist) {
+					t.warnf("%v", err)
+				}
+			}
+			return systemctl(c.Context, "reboot")
+		},
+	}
+}

@@ -1,0 +1,385 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os/exec"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/particle-os/particle/hostdeploy"
+	"github.com/particle-os/particle/registry"
+)
+
+func newSwitchCommand(t *term) *cli.Command {
+	return &cli.Command{
+		Name:      "switch",
+		Usage:     "deploy another image, and take updates from there",
+		ArgsUsage: "IMAGE",
+		Description: "IMAGE is a name in the host's store, a reference such as docker://HOST/REPO:TAG or\n" +
+			"containers-storage:NAME, or HOST/REPO[:TAG].",
+		Flags: append(deployFlags(), bootFlags()...),
+		Action: func(c *cli.Context) error {
+			if c.NArg() != 1 {
+				return usagef("switch takes an IMAGE, got %d arguments; see particle hostdeploy switch --help", c.NArg())
+			}
+			return runSwitch(t, c, c.Args().First())
+		},
+	}
+}
+
+// change opens the host, locks it, and finds what a new deployment is based on: the
+// running deployment.
+func change(t *term, c *cli.Context) (h *hostdeploy.Host, all []*hostdeploy.Deployment, unlock func(), err error) {
+	if h, err = openHost(t, c); err != nil {
+		return nil, nil, nil, err
+	}
+	if unlock, err = h.Lock(); err != nil {
+		return nil, nil, nil, err
+	}
+	if all, err = h.Deployments(); err != nil {
+		unlock()
+		return nil, nil, nil, err
+	}
+	return h, all, unlock, nil
+}
+
+// base returns the deployment whose /etc and arguments a new one carries on.
+func base(h *hostdeploy.Host, all []*hostdeploy.Deployment) (*hostdeploy.Deployment, error) {
+	for _, d := range all {
+		if d.Booted {
+			return d, nil
+		}
+	}
+	// Not running from any: a disk that is looked after from outside. What boots next
+	// is the one to go on from.
+	for _, d := range all {
+		if !d.Staged {
+			return d, nil
+		}
+	}
+	return nil, fmt.Errorf("%w: the host has no deployment with a boot entry", hostdeploy.ErrNoDeployment)
+}
+
+func runSwitch(t *term, c *cli.Context, image string) error {
+	h, all, unlock, err := change(t, c)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	from, err := base(h, all)
+	if err != nil {
+		return err
+	}
+	p := &phases{t: t}
+	manifest, reference, err := fetch(c.Context, t, c, h.Store, image, p)
+	if err != nil {
+		return err
+	}
+	req := hostdeploy.Request{Manifest: manifest, Reference: reference, Base: from.ID}
+	return deploy(t, c, h, req, p, "")
+}
+
+func newUpgradeCommand(t *term) *cli.Command {
+	return &cli.Command{
+		Name:  "upgrade",
+		Usage: "deploy the newest version of the running image",
+		Flags: append(append(deployFlags(), bootFlags()...),
+			&cli.BoolFlag{Name: "check", Usage: "only look whether there is one: status 0 if so, 3 if not"}),
+		Action: func(c *cli.Context) error {
+			if c.NArg() > 0 {
+				return usagef("upgrade takes no arguments; particle hostdeploy switch IMAGE deploys another image")
+			}
+			return runUpgrade(t, c)
+		},
+	}
+}
+
+// exitNoUpdate is upgrade --check's status for nothing new.
+const exitNoUpdate = 3
+
+func runUpgrade(t *term, c *cli.Context) error {
+	h, all, unlock, err := change(t, c)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	from, err := base(h, all)
+	if err != nil {
+		return err
+	}
+	// What is staged may come from a switch: updates come from there.
+	reference := from.Reference
+	if all[0].Staged {
+		reference = all[0].Reference
+	}
+	if reference == "" {
+		return fmt.Errorf("upgrading: the running image came from no place that has updates; particle hostdeploy switch IMAGE names one")
+	}
+	if c.Bool("check") {
+		return checkUpgrade(t, c, all, reference)
+	}
+	p := &phases{t: t}
+	manifest, reference, err := fetch(c.Context, t, c, h.Store, reference, p)
+	if err != nil {
+		return err
+	}
+	req := hostdeploy.Request{Manifest: manifest, Reference: reference, Base: from.ID}
+	return deploy(t, c, h, req, p, "no update: "+reference+" is what boots next")
+}
+
+// checkUpgrade compares the manifest at the reference with that of the deployment that
+// boots next.
+func checkUpgrade(t *term, c *cli.Context, all []*hostdeploy.Deployment, reference string) error {
+	ref, err := registry.ParseRef(reference)
+	if err != nil {
+		return err
+	}
+	o, err := registryOptions(c)
+	if err != nil {
+		return err
+	}
+	img, err := registry.Open(c.Context, ref, o)
+	if err != nil {
+		return err
+	}
+	defer img.Close()
+	raw, _, err := img.Manifest(c.Context)
+	if err != nil {
+		return err
+	}
+	res := struct {
+		Reference string `json:"reference"`
+		Manifest  string `json:"manifest"`
+		Update    bool   `json:"update"`
+	}{Reference: reference, Manifest: sha256Of(raw).String()}
+	res.Update = res.Manifest != all[0].Manifest
+	if c.Bool("json") {
+		if err := t.printJSON(res); err != nil {
+			return err
+		}
+	} else if res.Update {
+		t.printf("update: %s is %s\n", reference, res.Manifest)
+	} else {
+		t.printf("no update: %s is what boots next\n", reference)
+	}
+	if !res.Update {
+		return statusError(exitNoUpdate)
+	}
+	return nil
+}
+
+func newRollbackCommand(t *term) *cli.Command {
+	return &cli.Command{
+		Name:      "rollback",
+		Usage:     "boot the previous deployment, or the one that is named",
+		ArgsUsage: "[DEPLOYMENT]",
+		Description: "What is staged is forgotten. Where another deployment than the running one would boot\n" +
+			"next, the running one stays; else the one before it is taken, with the /etc it had.\n" +
+			"DEPLOYMENT is the beginning of an id as status shows it.",
+		Flags: append(bootFlags(),
+			&cli.BoolFlag{Name: "reboot", Usage: "reboot into it"},
+			&cli.BoolFlag{Name: "json", Usage: "print the result as JSON"}),
+		Action: func(c *cli.Context) error {
+			if c.NArg() > 1 {
+				return usagef("rollback takes one DEPLOYMENT at most, got %d arguments", c.NArg())
+			}
+			h, _, unlock, err := change(t, c)
+			if err != nil {
+				return err
+			}
+			defer unlock()
+			d, err := h.Rollback(c.Args().First())
+			if err != nil {
+				return err
+			}
+			if c.Bool("json") {
+				err = t.printJSON(d)
+			} else {
+				t.printf("%s boots next: %s\n", d.Name(), d.Title)
+			}
+			if err == nil && c.Bool("reboot") {
+				err = systemctl(c.Context, "reboot")
+			}
+			return err
+		},
+	}
+}
+
+func newKargsCommand(t *term) *cli.Command {
+	return &cli.Command{
+		Name:  "kargs",
+		Usage: "show the kernel arguments by their origin, or change them",
+		Description: "A change makes a new deployment of the running image (or of the staged one), which can\n" +
+			"be rolled back. An argument with blanks is quoted: 'name=\"a b\"'.",
+		Flags: append(append(deployFlags(), bootFlags()...),
+			&cli.StringSliceFlag{Name: "append", Usage: "add `ARG`"},
+			&cli.StringSliceFlag{Name: "delete", Usage: "remove `ARG`: a name, or NAME=VALUE"},
+			&cli.StringSliceFlag{Name: "replace", Usage: "set `NAME=VALUE` in place of all of that name"}),
+		Action: func(c *cli.Context) error {
+			if c.NArg() > 0 {
+				return usagef("kargs takes no arguments, got %q; --append, --delete and --replace change the kernel's", c.Args().First())
+			}
+			return runKargs(t, c)
+		},
+	}
+}
+
+func runKargs(t *term, c *cli.Context) error {
+	edit := hostdeploy.Edit{Append: c.StringSlice("append"), Delete: c.StringSlice("delete"), Replace: c.StringSlice("replace")}
+	if edit.Empty() {
+		h, err := openHost(t, c)
+		if err != nil {
+			return err
+		}
+		all, err := h.Deployments()
+		if err != nil {
+			return err
+		}
+		d, err := base(h, all)
+		if err != nil {
+			return err
+		}
+		if c.Bool("json") {
+			return t.printJSON(d.KArgs)
+		}
+		printKargs(t, "", &d.KArgs)
+		return nil
+	}
+	h, all, unlock, err := change(t, c)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	from, err := base(h, all)
+	if err != nil {
+		return err
+	}
+	req := hostdeploy.Request{Manifest: from.Manifest, Reference: from.Reference, Base: from.ID}
+	if all[0].Staged {
+		// What is staged is staged again, with its changes and this one.
+		if req, err = h.StagedRequest(); err != nil {
+			return err
+		}
+	}
+	req.Edits = append(req.Edits, edit)
+	return deploy(t, c, h, req, &phases{t: t}, "")
+}
+
+func printKargs(t *term, indent string, k *hostdeploy.KArgs) {
+	for _, l := range []struct {
+		name string
+		args hostdeploy.Args
+	}{{"boot", k.Boot}, {"machine", k.Machine}, {"image", k.Image}, {"user", k.User}, {"deleted", k.Deleted}} {
+		if len(l.args) > 0 {
+			t.printf("%s%-8s %s\n", indent, l.name, l.args)
+		}
+	}
+}
+
+func newResetCommand(t *term) *cli.Command {
+	return &cli.Command{
+		Name:  "reset",
+		Usage: "factory reset: deploy the running image with /etc and /var as in the image",
+		Description: "The machine's kernel arguments and its lines of /etc/fstab stay; those of the user go.\n" +
+			"The present deployment stays, too, with its /var, and can be rolled back to.",
+		Flags: append(deployFlags(), bootFlags()...),
+		Action: func(c *cli.Context) error {
+			if c.NArg() > 0 {
+				return usagef("reset takes no arguments, got %q", c.Args().First())
+			}
+			h, all, unlock, err := change(t, c)
+			if err != nil {
+				return err
+			}
+			defer unlock()
+			from, err := base(h, all)
+			if err != nil {
+				return err
+			}
+			req := hostdeploy.Request{Manifest: from.Manifest, Reference: from.Reference, Base: from.ID, FreshEtc: true, FreshVar: true, NoUserArgs: true}
+			return deploy(t, c, h, req, &phases{t: t}, "")
+		},
+	}
+}
+
+func newPinCommand(t *term) *cli.Command {
+	return &cli.Command{
+		Name:      "pin",
+		Usage:     "keep a deployment whatever comes after it",
+		ArgsUsage: "[DEPLOYMENT]",
+		Flags:     append(bootFlags(), &cli.BoolFlag{Name: "unpin", Aliases: []string{"u"}, Usage: "no longer keep it"}),
+		Action: func(c *cli.Context) error {
+			if c.NArg() > 1 {
+				return usagef("pin takes one DEPLOYMENT (default: the running one), got %d arguments", c.NArg())
+			}
+			h, _, unlock, err := change(t, c)
+			if err != nil {
+				return err
+			}
+			defer unlock()
+			name := c.Args().First()
+			if name == "" {
+				name = "booted"
+			}
+			d, err := h.Pin(name, !c.Bool("unpin"))
+			if err != nil {
+				return err
+			}
+			verb := "pinned"
+			if c.Bool("unpin") {
+				verb = "no longer pinned"
+			}
+			t.printf("%s is %s\n", d.Name(), verb)
+			return nil
+		},
+	}
+}
+
+func newHostGCCommand(t *term) *cli.Command {
+	return &cli.Command{
+		Name:  "gc",
+		Usage: "remove what no longer boots, from store, state and boot file system",
+		Description: "The running deployment, the one a rollback leads to, what boots next, what is staged and\n" +
+			"what is pinned stay.",
+		Flags: append(bootFlags(),
+			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "remove nothing, only tell"},
+			&cli.BoolFlag{Name: "json", Usage: "print the result as JSON"}),
+		Action: func(c *cli.Context) error {
+			h, _, unlock, err := change(t, c)
+			if err != nil {
+				return err
+			}
+			defer unlock()
+			roots, err := mountedImages(t, h.Store)
+			if err != nil {
+				return err
+			}
+			res, err := h.Collect(c.Context, c.Bool("dry-run"), roots)
+			if err != nil {
+				return err
+			}
+			if c.Bool("json") {
+				return t.printJSON(res)
+			}
+			verb := "removed"
+			if c.Bool("dry-run") {
+				verb = "would remove"
+			}
+			t.printf("%s %d deployments, %d kernels (%s), %d objects (%s)\n", verb, len(res.Deployments), len(res.Kernels), size(res.BootBytes), res.Store.ObjectsRemoved, size(res.Store.BytesRemoved))
+			return nil
+		},
+	}
+}
+
+// systemctl asks systemd, which may not answer in time any more when it stops us, too.
+func systemctl(ctx context.Context, args ...string) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if out, err := exec.CommandContext(ctx, "systemctl", args...).CombinedOutput(); err != nil {
+		return fmt.Errorf("running systemctl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(string(out)))
+	}
+	return nil
+}

@@ -1,0 +1,306 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/particle-os/particle/converter"
+	"github.com/particle-os/particle/converter/store"
+	"github.com/particle-os/particle/hostdeploy"
+	"github.com/particle-os/particle/hostdeploy/bootloader"
+	"github.com/particle-os/particle/hostdeploy/disk"
+)
+
+func newInstallCommand(t *term) *cli.Command {
+	return &cli.Command{
+		Name:  "install",
+		Usage: "make a disk, or a system that is there, boot an image",
+		Subcommands: []*cli.Command{
+			{
+				Name:      "to-disk",
+				Usage:     "partition a disk, or a disk's image file, and install to it",
+				ArgsUsage: "DEVICE|FILE",
+				Description: "A GUID partition table with what the boot loader needs, a boot file system and a root.\n" +
+					"A FILE that does not exist is made with --size. What is on the disk is kept unless\n" +
+					"--wipe says otherwise.",
+				Flags: append(installFlags(),
+					&cli.StringFlag{Name: "size", Value: "8G", Usage: "make a FILE of `BYTES` (k, M, G, T)"},
+					&cli.StringFlag{Name: "boot-size", Usage: "give the boot file system `BYTES` (default: 1G, or less on a small disk)"},
+					&cli.StringFlag{Name: "filesystem", Value: "ext4", Usage: "of the root: `ext4|btrfs|xfs`"},
+					&cli.BoolFlag{Name: "wipe", Usage: "overwrite what is on the disk"}),
+				Action: func(c *cli.Context) error {
+					if c.NArg() != 1 {
+						return usagef("install to-disk takes a DEVICE or FILE, got %d arguments", c.NArg())
+					}
+					return installToDisk(t, c, c.Args().First())
+				},
+			},
+			{
+				Name:      "to-filesystem",
+				Usage:     "install to a root file system that is mounted",
+				ArgsUsage: "DIR",
+				Description: "The boot file system is what is mounted at DIR/boot, or that directory. The boot\n" +
+					"loader itself is installed where --loader-disk names the disk, and expected to be\n" +
+					"there otherwise.",
+				Flags: append(installFlags(), &cli.StringFlag{Name: "loader-disk", Usage: "install the boot loader on this `DEVICE`"}),
+				Action: func(c *cli.Context) error {
+					if c.NArg() != 1 {
+						return usagef("install to-filesystem takes a DIR, got %d arguments", c.NArg())
+					}
+					return installToFilesystem(t, c, c.Args().First())
+				},
+			},
+			{
+				Name:  "to-existing-root",
+				Usage: "turn the running system into one that boots an image",
+				Description: "The running system's files stay, and are found below /sysroot afterwards; its /etc and\n" +
+					"/var are not taken over. Its boot loader is used.",
+				Flags: installFlags(),
+				Action: func(c *cli.Context) error {
+					if c.NArg() > 0 {
+						return usagef("install to-existing-root takes no arguments, got %q", c.Args().First())
+					}
+					return installToFilesystem(t, c, "/")
+				},
+			},
+		},
+		Action: func(c *cli.Context) error {
+			return usagef("install takes to-disk, to-filesystem or to-existing-root; see particle hostdeploy install --help")
+		},
+	}
+}
+
+func installFlags() []cli.Flag {
+	return append(registryFlags(),
+		&cli.StringFlag{Name: "image", Required: true, Usage: "`IMAGE` to install: a name in the store, or a reference as docker://HOST/REPO:TAG"},
+		&cli.StringFlag{Name: "bootloader", Usage: "`LOADER`: " + strings.Join(bootloader.Names(), ", ") + " (default: systemd-boot for a disk, the present one else)"},
+		&cli.StringSliceFlag{Name: "karg", Usage: "kernel `ARG`ument of this machine, kept over all upgrades"},
+		&cli.StringFlag{Name: "target-imgref", Usage: "take updates from this `REFERENCE` instead of IMAGE"},
+		&cli.StringFlag{Name: "kernel", Usage: "boot this `VERSION` of the image's kernels (default: the newest)"},
+		&cli.BoolFlag{Name: "force", Usage: "install an image that lacks an initramfs, or Particle's part of it"},
+		&cli.BoolFlag{Name: "allow-missing-verity", Usage: "let it boot where files have no fs-verity"},
+		&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be done and do nothing"},
+		&cli.BoolFlag{Name: "json", Usage: "print the result as JSON"},
+	)
+}
+
+// newHost fills in what all ways of installing have in common.
+func newHost(t *term, c *cli.Context, p *phases) *hostdeploy.NewHost {
+	n := &hostdeploy.NewHost{
+		Loader: c.String("bootloader"), Kernel: c.String("kernel"), Force: c.Bool("force"),
+		Insecure: c.Bool("allow-missing-verity"), Warn: t.warnf, Done: p.step,
+	}
+	for _, a := range c.StringSlice("karg") {
+		n.Machine = append(n.Machine, hostdeploy.ParseArgs(a)...)
+	}
+	return n
+}
+
+// fill brings the image into the new host's store.
+func fill(t *term, c *cli.Context, n *hostdeploy.NewHost, p *phases) hostdeploy.Fill {
+	return func(ctx context.Context, to *store.Store) (string, error) {
+		image := c.String("image")
+		n.Reference = c.String("target-imgref")
+		if !isReference(image) {
+			from, err := readStore(t, c)
+			var s *converter.Stored
+			if err == nil {
+				s, err = converter.Find(from, image)
+			}
+			if err == nil {
+				_, err = converter.Copy(ctx, from, s, to, converter.Options{Name: image})
+				return s.Manifest.String(), err
+			}
+			if !errors.Is(err, converter.ErrNotFound) && !errors.Is(err, store.ErrNotStore) {
+				return "", err
+			}
+		}
+		manifest, reference, err := fetch(ctx, t, c, to, image, p)
+		if n.Reference == "" && strings.HasPrefix(reference, "docker://") {
+			// Other places are this machine's, not the new one's.
+			n.Reference = reference
+		}
+		return manifest, err
+	}
+}
+
+// An installed is the result of an installation.
+type installed struct {
+	*hostdeploy.Plan
+	Phases []phase `json:"phases"`
+}
+
+func installToDisk(t *term, c *cli.Context, path string) error {
+	loader := c.String("bootloader")
+	if loader == "" {
+		loader = "systemd-boot"
+	}
+	installer, err := bootloader.InstallerByName(loader)
+	if err != nil {
+		return usageError{err}
+	}
+	o := disk.Options{Layout: installer.Layout(), FS: disk.FS(c.String("filesystem")), Wipe: c.Bool("wipe")}
+	// A device has its size, and so has a file that is there.
+	if fi, err := os.Stat(path); c.IsSet("size") || errors.Is(err, os.ErrNotExist) || err == nil && fi.Mode().IsRegular() && fi.Size() == 0 {
+		if o.Size, err = parseSize(c.String("size")); err != nil {
+			return usageError{fmt.Errorf("--size: %w", err)}
+		}
+	}
+	if s := c.String("boot-size"); s != "" {
+		if o.BootSize, err = parseSize(s); err != nil {
+			return usageError{fmt.Errorf("--boot-size: %w", err)}
+		}
+	}
+	if c.Bool("dry-run") {
+		return planDisk(t, c, path, loader, o)
+	}
+	p := &phases{t: t}
+	start := time.Now()
+	d, err := disk.Create(c.Context, path, o)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err := d.Close(); err != nil {
+			t.warnf("%v", err)
+		}
+	}()
+	p.add("disk", start, 0)
+	n := newHost(t, c, p)
+	root, target := d.Partition(disk.RoleRoot), d.BootTarget()
+	n.Root, n.Paths, n.Loader, n.Fstab = d.Root(), bootloader.Paths{Boot: d.Boot()}, loader, d.Fstab()
+	n.Args = (&hostdeploy.FileSystem{UUID: root.FSUUID, Type: string(root.FS), Subvolume: "/"}).RootArgs()
+	n.Target = &target
+	n.Target.Serial = serialOf(n.Machine)
+	plan, err := n.Prepare(c.Context, fill(t, c, n, p))
+	if err != nil {
+		return err
+	}
+	if err := n.Install(c.Context, plan); err != nil {
+		return err
+	}
+	start = time.Now()
+	if err := d.Finish(c.Context); err != nil {
+		return err
+	}
+	p.add("finish", start, 0)
+	return printInstalled(t, c, plan, p, path)
+}
+
+// serialOf returns the speed of the first serial line where the kernel's console is
+// there, so that the loader's menu is, too.
+func serialOf(args hostdeploy.Args) string {
+	for _, a := range args {
+		console, ok := strings.CutPrefix(a, "console=ttyS0")
+		if !ok {
+			continue
+		}
+		speed := strings.TrimLeft(console, ",")
+		if i := strings.IndexFunc(speed, func(r rune) bool { return r < '0' || r > '9' }); i >= 0 {
+			speed = speed[:i]
+		}
+		if speed == "" {
+			speed = "9600" // the kernel's default (Documentation/admin-guide/serial-console.rst)
+		}
+		return speed
+	}
+	return ""
+}
+
+func printInstalled(t *term, c *cli.Context, plan *hostdeploy.Plan, p *phases, where string) error {
+	if c.Bool("json") {
+		return t.printJSON(installed{plan, p.all})
+	}
+	t.printf("%s is installed on %s\n", plan.Title, where)
+	return nil
+}
+
+// planDisk prints what would be made of a disk. The image is not fetched: there is no
+// place for it yet.
+func planDisk(t *term, c *cli.Context, path, loader string, o disk.Options) error {
+	have, err := disk.Inspect(c.Context, path)
+	length, sector := o.Size, 512
+	switch {
+	case err == nil:
+		sector = have.Sector
+		if length == 0 {
+			length = have.Size
+		}
+	case !errors.Is(err, os.ErrNotExist):
+		return err
+	}
+	parts, err := disk.Layout(length, sector, o)
+	if err != nil {
+		return err
+	}
+	if c.Bool("json") {
+		return t.printJSON(struct {
+			Disk       string           `json:"disk"`
+			Bootloader string           `json:"bootloader"`
+			Image      string           `json:"image"`
+			Partitions []disk.Partition `json:"partitions"`
+		}{path, loader, c.String("image"), parts})
+	}
+	t.printf("partition %s, %s\n", path, size(length))
+	for _, p := range parts {
+		t.printf("%2d. %-14s %-6s %s\n", p.Number, p.Name, p.FS, size(p.Size))
+	}
+	t.printf("install image %s with the boot loader %s\n", c.String("image"), loader)
+	return nil
+}
+
+func installToFilesystem(t *term, c *cli.Context, dir string) error {
+	fs, err := hostdeploy.FileSystemOf(c.Context, dir)
+	if err != nil {
+		return err
+	}
+	p := &phases{t: t}
+	n := newHost(t, c, p)
+	n.Root, n.Args = dir, fs.RootArgs()
+	boot := filepath.Join(dir, "boot")
+	if n.Paths, err = hostdeploy.BootPaths(boot); err != nil {
+		return err
+	}
+	bootFS, err := hostdeploy.FileSystemOf(c.Context, boot)
+	if err != nil {
+		return err
+	}
+	if n.Paths.Prefix == "" {
+		n.Fstab = bootFS.Fstab("/boot")
+	}
+	if n.Loader == "" {
+		found, err := bootloader.Detect(n.Paths)
+		if err != nil {
+			return fmt.Errorf("%w\n--bootloader names one, --loader-disk has it installed", err)
+		}
+		n.Loader = found.Name()
+	}
+	if device := c.String("loader-disk"); device != "" {
+		n.Target = &bootloader.Target{
+			Boot: boot, Mounted: true, Disk: device, Device: device,
+			BootDevice: bootFS.Device, BootUUID: bootFS.UUID, Serial: serialOf(n.Machine),
+		}
+	}
+	plan, err := n.Prepare(c.Context, fill(t, c, n, p))
+	if err != nil {
+		return err
+	}
+	if c.Bool("dry-run") {
+		if c.Bool("json") {
+			return t.printJSON(installed{plan, p.all})
+		}
+		printPlan(t, plan)
+		return nil
+	}
+	if err := n.Install(c.Context, plan); err != nil {
+		return err
+	}
+	return printInstalled(t, c, plan, p, dir)
+}
