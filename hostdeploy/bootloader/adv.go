@@ -145,6 +145,26 @@ func readADV(f *os.File) (buf []byte, off int64, err error) {
 	return buf, off, err
 }
 
+// mend makes the second copy like the first, or the other way round.
+func (name advFile) mend() error {
+	f, err := os.Open(string(name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	defer f.Close()
+	buf, _, err := readADV(f)
+	if err != nil || bytes.Equal(buf[:advSize], buf[advSize:]) {
+		return nil // no loader, or nothing to do
+	}
+	id, err := name.armed()
+	if err != nil {
+		return err
+	}
+	return name.arm(id)
+}
+
 // arm sets the label to be booted once; "" takes it away. The copies are written one after
 // the other, each made durable, so that one of them is always right.
 func (name advFile) arm(label string) (err error) {

@@ -59,50 +59,88 @@ func (m liloMemory) file(name string) string { return filepath.Join(m.p.Boot, "l
 var bootID = "/proc/sys/kernel/random/boot_id"
 
 func (m liloMemory) armed() (string, error) {
-	record, err := os.ReadFile(m.file("once"))
+	id, _, err := m.note()
+	return id, err
+}
+
+// note reads lilo/once: "ID BOOT-ID", with "- BOOT-ID" for none and with a word more while
+// lilo has not been told. What was noted before the last boot is over.
+func (m liloMemory) note() (id string, pending bool, err error) {
+	text, err := os.ReadFile(m.file("once"))
 	if errors.Is(err, fs.ErrNotExist) {
-		return "", nil
+		return "", false, nil
 	} else if err != nil {
-		return "", fmt.Errorf("reading what LILO boots once: %w", err)
+		return "", false, fmt.Errorf("reading what LILO boots once: %w", err)
 	}
 	now, err := os.ReadFile(bootID)
 	if err != nil {
-		return "", fmt.Errorf("reading the boot ID: %w", err)
+		return "", false, fmt.Errorf("reading the boot ID: %w", err)
 	}
-	id, boot, _ := strings.Cut(strings.TrimSpace(string(record)), " ")
-	if boot != strings.TrimSpace(string(now)) {
-		return "", nil
+	words := strings.Fields(string(text))
+	if len(words) < 2 || words[1] != strings.TrimSpace(string(now)) {
+		return "", false, nil
 	}
-	return id, nil
+	if words[0] != "-" {
+		id = words[0]
+	}
+	return id, len(words) > 2, nil
 }
 
-func (m liloMemory) arm(id string) error {
-	if id == "" {
-		// "-R" without a label takes it away (lilo(8)).
-		if err := m.run("-R"); err != nil {
-			return err
-		}
-		return removeFile(m.file("once"))
-	}
+func (m liloMemory) setNote(id, more string) error {
 	now, err := os.ReadFile(bootID)
 	if err != nil {
 		return fmt.Errorf("reading the boot ID: %w", err)
 	}
-	if err := updateFile(m.file("once"), []byte(id+" "+strings.TrimSpace(string(now))+"\n")); err != nil {
+	if id == "" {
+		id = "-"
+	}
+	return updateFile(m.file("once"), fmt.Appendf(nil, "%s %s%s\n", id, bytes.TrimSpace(now), more))
+}
+
+// pending marks a note that lilo has not been told of.
+const pending = " pending"
+
+func (m liloMemory) arm(id string) error {
+	if err := m.setNote(id, pending); err != nil {
 		return err
 	}
-	return m.run("-R", id)
+	args := []string{"-R"} // without a label it takes one away (lilo(8))
+	if id != "" {
+		args = append(args, id)
+	}
+	if err := m.run(args...); err != nil {
+		return err
+	}
+	return m.setNote(id, "")
+}
+
+// mend tells lilo what is noted, where a crash came between.
+func (m liloMemory) mend() error {
+	if err := removeTemps(m.file("")); err != nil {
+		return err
+	}
+	id, late, err := m.note()
+	if err != nil || !late {
+		return err
+	}
+	return m.arm(id)
 }
 
 func (m liloMemory) run(args ...string) error {
+	conf := m.file("lilo.conf")
+	if err := step("run", conf); err != nil {
+		return err
+	}
+	return execLilo(append([]string{"-C", conf}, args...)...)
+}
+
+// execLilo runs lilo(8).
+var execLilo = func(args ...string) error {
 	program, err := exec.LookPath("lilo")
 	if err != nil {
 		return fmt.Errorf("%w: the program lilo is not installed on this system", ErrMissing)
 	}
-	if err := step("run", program); err != nil {
-		return err
-	}
-	cmd := exec.Command(program, append([]string{"-C", m.file("lilo.conf")}, args...)...)
+	cmd := exec.Command(program, args...)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("running %q: %w: %s", cmd.Args, err, bytes.TrimSpace(out))
 	}
@@ -126,9 +164,6 @@ func (m liloMemory) write(records []record, def string) error {
 	if err != nil {
 		return err
 	}
-	if err := removeTemps(m.file("")); err != nil {
-		return err
-	}
 	if err := updateFile(m.file("lilo.conf"), []byte(conf)); err != nil {
 		return fmt.Errorf("writing lilo.conf: %w", err)
 	}
@@ -136,17 +171,19 @@ func (m liloMemory) write(records []record, def string) error {
 	if done, err := os.ReadFile(m.file("installed")); err == nil && bytes.Equal(done, sum) {
 		return nil
 	}
+	// The new map has nothing to be booted once.
 	armed, err := m.armed()
+	if err == nil && armed != "" {
+		err = m.setNote(armed, pending)
+	}
+	if err == nil {
+		err = m.run()
+	}
+	if err == nil && armed != "" {
+		err = m.arm(armed)
+	}
 	if err != nil {
 		return err
-	}
-	if err := m.run(); err != nil {
-		return err
-	}
-	if armed != "" { // the new map does not have it
-		if err := m.arm(armed); err != nil {
-			return err
-		}
 	}
 	return updateFile(m.file("installed"), sum)
 }

@@ -4,8 +4,6 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
-
-	"github.com/particle-os/particle/hostdeploy/bootloader/bls"
 )
 
 // once is the part that loaders share which can be told to boot one entry the next time
@@ -25,6 +23,8 @@ type onceMemory interface {
 	armed() (string, error)
 	// arm has an entry booted next; "" for the default.
 	arm(id string) error
+	// mend makes whole what a crash while arming left.
+	mend() error
 }
 
 // records returns the entries with their counters. An entry that was not booted though it
@@ -48,8 +48,7 @@ func (l once) records(warn func(format string, args ...any)) ([]record, error) {
 		}
 	}
 	order(records)
-	// What is booted next comes first, whatever its version, and what is the default
-	// after it.
+	// What is booted next comes first, whatever its version.
 	slices.SortStableFunc(records, func(a, b record) int {
 		return cmp.Compare(b2i(b.Counter != nil && b.ID == armed), b2i(a.Counter != nil && a.ID == armed))
 	})
@@ -144,16 +143,15 @@ func (l once) Sync() error {
 	if err := l.tidy(); err != nil {
 		return err
 	}
-	records, err := l.records(nil)
+	if err := l.memory.mend(); err != nil {
+		return err
+	}
+	// In the order of the files: what is to be booted once is not said in the menu.
+	records, _, err := l.read(nil)
 	if err != nil {
 		return err
 	}
-	def := defaultID(records)
-	// The menu has the order of the files, whatever is to be booted once.
-	slices.SortStableFunc(records, func(a, b record) int {
-		return cmp.Or(cmp.Compare(b2i(a.Counter != nil), b2i(b.Counter != nil)), bls.Compare(a.key, b.key))
-	})
-	if err := l.menu(records, def); err != nil {
+	if err := l.menu(records, defaultID(records)); err != nil {
 		return err
 	}
 	return settle(l.p.Boot)

@@ -1,0 +1,728 @@
+package bootloader
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/particle-os/particle/hostdeploy/bootloader/bls"
+)
+
+// A host is a boot file system with a loader on it, and the part of the loader that runs
+// before Linux does.
+type host struct {
+	name string
+	// install makes what Install would, as far as the menu goes.
+	install func(t *testing.T, boot string)
+	// next returns the ID that the loader itself would boot now, from its own files.
+	next func(t *testing.T, boot string) string
+	// boot does to the files what the loader does when it boots that entry.
+	boot func(t *testing.T, boot, id string)
+	// coarse: between two calls of its program the loader has forgotten what to boot
+	// once, and boots an entry that proved good.
+	coarse bool
+}
+
+var hosts = []host{
+	{"systemd-boot", nil, nextBLS, bootSystemdBoot, false},
+	{"grub-efi", nil, nextGrub, bootGrub, false},
+	{"grub-bios", nil, nextGrub, bootGrub, false},
+	{"extlinux", installFakeExtlinux, nextExtlinux, bootExtlinux, false},
+	{"u-boot", nil, nextUBoot, func(*testing.T, string, string) {}, false},
+	{"lilo", installFakeLilo, nextLilo, bootLilo, true},
+}
+
+// TestLoaders runs the suite that every loader has to pass.
+func TestLoaders(t *testing.T) {
+	if len(hosts) != len(Names()) {
+		t.Fatalf("%d loaders are tested, %d exist: %q", len(hosts), len(Names()), Names())
+	}
+	for _, h := range hosts {
+		t.Run(h.name, func(t *testing.T) {
+			for _, c := range []struct {
+				name string
+				run  func(*testing.T, host)
+			}{
+				{"Add", h.testAdd}, {"Order", h.testOrder}, {"Replace", h.testReplace}, {"Remove", h.testRemove},
+				{"Good", h.testGood}, {"FallBack", h.testFallBack}, {"LostMenu", h.testLostMenu}, {"Lines", h.testLines},
+				{"Refused", h.testRefused}, {"Kill", h.testKill}, {"Foreign", h.testForeign},
+			} {
+				t.Run(c.name, func(t *testing.T) { c.run(t, h) })
+			}
+		})
+	}
+}
+
+// open makes a boot file system and opens the loader on it.
+func (h host) open(t *testing.T) (Loader, string) {
+	t.Helper()
+	boot := bootDir(t)
+	if h.install != nil {
+		h.install(t, boot)
+	}
+	return h.reopen(t, boot), boot
+}
+
+// bootDir makes a directory for a boot file system, in memory where there is a tmpfs:
+// what fsync costs on a disk would be most of the time of these tests.
+func bootDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "bootloader-test-")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func (h host) reopen(t *testing.T, boot string) Loader {
+	t.Helper()
+	l, err := ByName(h.name, Paths{Boot: boot})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l.Name() != h.name {
+		t.Fatalf("got loader %q, want %q", l.Name(), h.name)
+	}
+	return l
+}
+
+func entry(n int, counter *Counter) Entry {
+	return Entry{
+		ID: fmt.Sprintf("particle-%d", n), Generation: n, Title: fmt.Sprintf("Debian (particle %d)", n),
+		Linux: fmt.Sprintf("/particle-%d/vmlinuz", n), Initrd: []string{fmt.Sprintf("/particle-%d/initrd", n)},
+		Options: fmt.Sprintf("root=UUID=1 n=%d", n), Counter: counter,
+	}
+}
+
+// tries is the counter of a new entry, nil where the loader counts none.
+func tries(l Loader, n int) *Counter {
+	if n = min(n, l.Tries().Max); n > 0 {
+		return &Counter{Left: n}
+	}
+	return nil
+}
+
+func add(t *testing.T, l Loader, entries ...Entry) {
+	t.Helper()
+	for _, e := range entries {
+		if err := l.Add(e); err != nil {
+			t.Fatalf("adding %s: %v", e.ID, err)
+		}
+	}
+}
+
+func entries(t *testing.T, l Loader) []Entry {
+	t.Helper()
+	list, err := l.Entries(func(format string, args ...any) { t.Errorf("warning: "+format, args...) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return list
+}
+
+func ids(list []Entry) []string {
+	var s []string
+	for _, e := range list {
+		s = append(s, e.ID)
+	}
+	return s
+}
+
+// show prints entries with all that they have.
+func show(list []Entry) string {
+	var b strings.Builder
+	for _, e := range list {
+		c := "good"
+		if e.Counter != nil {
+			c = fmt.Sprintf("%d left, %d done", e.Counter.Left, e.Counter.Done)
+		}
+		e.Counter = nil
+		fmt.Fprintf(&b, "%s: %+v\n", c, e)
+	}
+	return b.String()
+}
+
+func wantIDs(t *testing.T, l Loader, want ...string) {
+	t.Helper()
+	if got := ids(entries(t, l)); !slices.Equal(got, want) {
+		t.Errorf("got entries %q, want %q", got, want)
+	}
+}
+
+// wantNext compares what the loader would boot with what Entries promises.
+func (h host) wantNext(t *testing.T, l Loader, boot, want string) {
+	t.Helper()
+	if got := h.next(t, boot); got != want {
+		t.Errorf("the loader would boot %q, want %q", got, want)
+	}
+	if list := entries(t, l); len(list) == 0 || list[0].ID != want {
+		t.Errorf("got entries %q, want %q first", ids(list), want)
+	}
+}
+
+func (h host) testAdd(t *testing.T, _ host) {
+	l, boot := h.open(t)
+	if list := entries(t, l); len(list) != 0 {
+		t.Fatalf("a new boot file system has entries %q", ids(list))
+	}
+	want := entry(12, nil)
+	add(t, l, want)
+	got := entries(t, h.reopen(t, boot))
+	if show(got) != show([]Entry{want}) {
+		t.Errorf("got\n%swant\n%s", show(got), show([]Entry{want}))
+	}
+	h.wantNext(t, l, boot, "particle-12")
+	text, err := os.ReadFile(filepath.Join(boot, "loader/entries/particle-12.conf"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const file = "title      Debian (particle 12)\nversion    12\nsort-key   particle\nlinux      /particle-12/vmlinuz\ninitrd     /particle-12/initrd\noptions    root=UUID=1 n=12\n"
+	if string(text) != file {
+		t.Errorf("got entry\n%swant\n%s", text, file)
+	}
+	if mark, _ := os.ReadFile(filepath.Join(boot, "loader/entries.srel")); string(mark) != "type1\n" {
+		t.Errorf("entries.srel: got %q", mark)
+	}
+	counted := entry(13, tries(l, 3))
+	add(t, l, counted)
+	if got := entries(t, l); show(got) != show([]Entry{counted, want}) {
+		t.Errorf("got\n%swant\n%s", show(got), show([]Entry{counted, want}))
+	}
+	h.wantNext(t, l, boot, "particle-13")
+	noTemps(t, boot)
+}
+
+func (h host) testOrder(t *testing.T, _ host) {
+	l, boot := h.open(t)
+	add(t, l, entry(9, nil), entry(100, nil), entry(12, nil), entry(11, nil))
+	wantIDs(t, l, "particle-100", "particle-12", "particle-11", "particle-9")
+	h.wantNext(t, l, boot, "particle-100")
+}
+
+func (h host) testReplace(t *testing.T, _ host) {
+	l, boot := h.open(t)
+	add(t, l, entry(11, nil), entry(12, tries(l, 2)))
+	e := entry(12, nil)
+	e.Options = "other"
+	add(t, l, e)
+	if got, want := show(entries(t, l)), show([]Entry{e, entry(11, nil)}); got != want {
+		t.Errorf("got\n%swant\n%s", got, want)
+	}
+	e = entry(12, tries(l, 1))
+	add(t, l, e)
+	if got, want := show(entries(t, l)), show([]Entry{e, entry(11, nil)}); got != want {
+		t.Errorf("got\n%swant\n%s", got, want)
+	}
+	h.wantNext(t, l, boot, "particle-12")
+}
+
+func (h host) testRemove(t *testing.T, _ host) {
+	l, boot := h.open(t)
+	add(t, l, entry(11, nil), entry(12, nil), entry(13, tries(l, 3)))
+	for _, c := range []struct{ id, next string }{{"particle-13", "particle-12"}, {"particle-11", "particle-12"}} {
+		if err := l.Remove(c.id); err != nil {
+			t.Fatal(err)
+		}
+		h.wantNext(t, l, boot, c.next)
+		if err := l.Remove(c.id); !errors.Is(err, ErrNoEntry) {
+			t.Errorf("removing %s again: got error %v, want %v", c.id, err, ErrNoEntry)
+		}
+	}
+	wantIDs(t, l, "particle-12")
+	// What a removed entry counted must not come back with the next one of its ID.
+	add(t, l, entry(13, nil))
+	if got, want := show(entries(t, l)), show([]Entry{entry(13, nil), entry(12, nil)}); got != want {
+		t.Errorf("got\n%swant\n%s", got, want)
+	}
+}
+
+func (h host) testGood(t *testing.T, _ host) {
+	l, boot := h.open(t)
+	add(t, l, entry(11, nil), entry(12, tries(l, 3)))
+	h.boot(t, boot, "particle-12")
+	for range 2 { // the second time there is nothing to do
+		if err := l.Good("particle-12"); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := show(entries(t, l)), show([]Entry{entry(12, nil), entry(11, nil)}); got != want {
+			t.Errorf("got\n%swant\n%s", got, want)
+		}
+		h.wantNext(t, l, boot, "particle-12")
+	}
+	h.boot(t, boot, "particle-12")
+	h.wantNext(t, l, boot, "particle-12")
+	if err := l.Good("particle-99"); !errors.Is(err, ErrNoEntry) {
+		t.Errorf("got error %v, want %v", err, ErrNoEntry)
+	}
+}
+
+// testFallBack boots an entry until its tries are used up.
+func (h host) testFallBack(t *testing.T, _ host) {
+	l, boot := h.open(t)
+	most := min(3, l.Tries().Max)
+	if most == 0 {
+		if l.Tries().How == "" {
+			t.Error("nothing is said about how to fall back")
+		}
+		return
+	}
+	add(t, l, entry(11, nil), entry(10, nil), entry(12, &Counter{Left: most}))
+	for n := range most {
+		h.wantNext(t, l, boot, "particle-12")
+		h.boot(t, boot, "particle-12")
+		i := slices.IndexFunc(entries(t, l), func(e Entry) bool { return e.ID == "particle-12" })
+		if got, want := *entries(t, l)[i].Counter, (Counter{most - n - 1, n + 1}); got != want {
+			t.Fatalf("after %d boots: got %+v, want %+v", n+1, got, want)
+		}
+	}
+	wantIDs(t, l, "particle-11", "particle-10", "particle-12")
+	h.wantNext(t, l, boot, "particle-11")
+	if list := entries(t, l); !list[2].Bad() || list[0].Bad() {
+		t.Errorf("got\n%swant the last one bad", show(list))
+	}
+	if err := l.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	h.boot(t, boot, "particle-11")
+	h.wantNext(t, l, boot, "particle-11")
+	// It may be chosen by hand, and prove good.
+	if err := l.Good("particle-12"); err != nil {
+		t.Fatal(err)
+	}
+	h.wantNext(t, l, boot, "particle-12")
+}
+
+func (h host) testLostMenu(t *testing.T, _ host) {
+	l, boot := h.open(t)
+	add(t, l, entry(11, nil), entry(12, tries(l, 3)), entry(13, nil))
+	before := tree(t, boot)
+	for _, name := range []string{"grub/grub.cfg", "extlinux/extlinux.conf", "lilo/lilo.conf", "lilo/installed"} {
+		if err := os.Remove(filepath.Join(boot, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		if err := l.Sync(); err != nil {
+			t.Fatal(err)
+		}
+		if after := tree(t, boot); after != before {
+			t.Errorf("got\n%s\nwant\n%s", after, before)
+		}
+	}
+}
+
+// testLines keeps lines that nobody here knows.
+func (h host) testLines(t *testing.T, _ host) {
+	l, boot := h.open(t)
+	e := entry(12, tries(l, 1))
+	e.Extra = []bls.Field{{Key: bls.Comment, Value: " mine"}, {Key: "architecture", Value: "x64"}, {Key: "x-unknown", Value: "a b"}, {Key: "x-unknown", Value: "c"}}
+	add(t, l, e, entry(11, nil))
+	h.boot(t, boot, "particle-12")
+	if err := l.Good("particle-12"); err != nil {
+		t.Fatal(err)
+	}
+	e.Counter = nil
+	if got, want := show(entries(t, l)), show([]Entry{e, entry(11, nil)}); got != want {
+		t.Errorf("got\n%swant\n%s", got, want)
+	}
+}
+
+func (h host) testRefused(t *testing.T, _ host) {
+	l, boot := h.open(t)
+	add(t, l, entry(11, nil))
+	before := tree(t, boot)
+	for _, c := range []struct {
+		name   string
+		change func(*Entry)
+	}{
+		{"ID with a slash", func(e *Entry) { e.ID = "particle-1/../../x" }},
+		{"ID of another", func(e *Entry) { e.ID = "debian-12" }},
+		{"ID with a counter", func(e *Entry) { e.ID = "particle-12+3" }},
+		{"no generation", func(e *Entry) { e.Generation = 0 }},
+		{"no kernel", func(e *Entry) { e.Linux = "" }},
+		{"kernel and UKI", func(e *Entry) { e.EFI = "/a.efi" }},
+		{"line break in the title", func(e *Entry) { e.Title = "a\nlinux /evil" }},
+		{"line break in the options", func(e *Entry) { e.Options = "a\rb" }},
+		{"path with a blank", func(e *Entry) { e.Linux = "/a b" }},
+		{"path with a quote", func(e *Entry) { e.Initrd = []string{"/a'b"} }},
+		{"path without a slash", func(e *Entry) { e.Linux = "a" }},
+		{"too many tries", func(e *Entry) { e.Counter = &Counter{Left: 1000} }},
+		{"negative tries", func(e *Entry) { e.Counter = &Counter{Left: -1} }},
+		{"bad line", func(e *Entry) { e.Extra = []bls.Field{{Key: "a b", Value: "c"}} }},
+	} {
+		e := entry(12, nil)
+		c.change(&e)
+		if err := l.Add(e); !errors.Is(err, ErrEntry) {
+			t.Errorf("%s: got error %v, want %v", c.name, err, ErrEntry)
+		}
+	}
+	if after := tree(t, boot); after != before {
+		t.Errorf("refused entries left something: got\n%s\nwant\n%s", after, before)
+	}
+}
+
+// testForeign leaves entries of others alone and reports what looks like ours.
+func (h host) testForeign(t *testing.T, _ host) {
+	l, boot := h.open(t)
+	add(t, l, entry(11, nil))
+	dir := filepath.Join(boot, "loader/entries")
+	foreign := map[string]string{
+		"debian-6.1.conf": "title Debian\nlinux /vmlinuz\n", "README": "x", "auto-windows.conf": "efi /w.efi\n",
+		"particle-x.conf": "linux /x\n", "particle-7.conf": "linux /x\n", "particle-8.conf": "version 8\n", "particle-9.conf": "version 0\nlinux /x\n",
+	}
+	for name, text := range foreign {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var warned []string
+	list, err := l.Entries(func(format string, args ...any) { warned = append(warned, fmt.Sprintf(format, args...)) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := ids(list); !slices.Equal(got, []string{"particle-11"}) {
+		t.Errorf("got entries %q", got)
+	}
+	for _, name := range []string{"particle-x.conf", "particle-7.conf", "particle-8.conf", "particle-9.conf"} {
+		if !slices.ContainsFunc(warned, func(s string) bool { return strings.Contains(s, name) }) {
+			t.Errorf("no warning of %s: %q", name, warned)
+		}
+	}
+	if len(warned) != 4 {
+		t.Errorf("got %d warnings, want 4: %q", len(warned), warned)
+	}
+	if err := l.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range foreign {
+		if got, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(got) != text {
+			t.Errorf("%s: got %q, %v", name, got, err)
+		}
+	}
+}
+
+var errKilled = errors.New("killed")
+
+// killAt ends the work at the nth change of the file system and reports whether there was
+// one.
+func killAt(t *testing.T, n int, work func() error) (killed bool) {
+	t.Helper()
+	old := step
+	defer func() { step = old }()
+	step = func(op, name string) error {
+		if n--; n >= 0 {
+			return nil
+		}
+		killed = true
+		return fmt.Errorf("%w before %s %q", errKilled, op, name)
+	}
+	if err := work(); err != nil && !errors.Is(err, errKilled) {
+		t.Fatal(err)
+	}
+	return killed
+}
+
+// testKill ends each kind of change before each of its steps: what boots then, and what
+// the entries are, is the old or the new, and Sync makes it whole.
+func (h host) testKill(t *testing.T, _ host) {
+	for _, c := range []struct {
+		name string
+		work func(l Loader) error
+	}{
+		{"add", func(l Loader) error { return l.Add(entry(13, tries(l, 3))) }},
+		{"add good", func(l Loader) error { return l.Add(entry(13, nil)) }},
+		{"replace", func(l Loader) error {
+			e := entry(12, tries(l, 2))
+			e.Options = "other"
+			return l.Add(e)
+		}},
+		{"remove", func(l Loader) error { return l.Remove("particle-12") }},
+		{"good", func(l Loader) error { return l.Good("particle-12") }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			prepare := func() (Loader, string) {
+				l, boot := h.open(t)
+				add(t, l, entry(10, nil), entry(11, nil), entry(12, tries(l, 3)))
+				return l, boot
+			}
+			l, boot := prepare()
+			old, oldNext := show(entries(t, l)), h.next(t, boot)
+			if err := c.work(l); err != nil {
+				t.Fatal(err)
+			}
+			new, newNext, newTree := show(entries(t, l)), h.next(t, boot), tree(t, boot)
+			n := 0
+			for ; ; n++ {
+				l, boot := prepare()
+				if !killAt(t, n, func() error { return c.work(l) }) {
+					break
+				}
+				if got := h.next(t, boot); got != oldNext && got != newNext && !(h.coarse && strings.Contains(old+new, "good: {ID:"+got+" ")) {
+					t.Errorf("killed at step %d: the loader would boot %q, want %q or %q", n, got, oldNext, newNext)
+				}
+				l = h.reopen(t, boot)
+				// Sync is killed at each step, too.
+				for m := 0; killAt(t, m, l.Sync); m++ {
+				}
+				noTemps(t, boot)
+				got := show(entries(t, l))
+				if !between(got, old, new) {
+					t.Errorf("killed at step %d: got\n%swant\n%sor\n%s", n, got, old, new)
+				}
+				if list := entries(t, l); h.next(t, boot) != list[0].ID {
+					t.Errorf("killed at step %d: the loader would boot %q, the entries are %q", n, h.next(t, boot), ids(list))
+				}
+				// And the work can be done again.
+				if err := c.work(l); err != nil && !errors.Is(err, ErrNoEntry) {
+					t.Fatalf("killed at step %d, done again: %v", n, err)
+				}
+				if got := tree(t, boot); got != newTree {
+					t.Errorf("killed at step %d, done again: got\n%s\nwant\n%s", n, got, newTree)
+				}
+			}
+			if n < 1 {
+				t.Errorf("only %d steps were seen", n)
+			}
+		})
+	}
+}
+
+// between reports whether entries are the old or the new ones, as far as they are to be:
+// where counter and entry are two files, one of them may be new already. No mixture may
+// have an entry pass for good before it is.
+func between(got, old, new string) bool {
+	if got == old || got == new {
+		return true
+	}
+	pick := func(s string) (counters, rest []string) {
+		for line := range strings.Lines(s) {
+			c, r, _ := strings.Cut(line, ": ")
+			counters, rest = append(counters, c), append(rest, r)
+		}
+		slices.Sort(rest)
+		return counters, rest
+	}
+	_, gotRest := pick(got)
+	_, oldRest := pick(old)
+	_, newRest := pick(new)
+	goods := strings.Count(got, "good: ")
+	return (slices.Equal(gotRest, oldRest) || slices.Equal(gotRest, newRest)) &&
+		goods <= max(strings.Count(old, "good: "), strings.Count(new, "good: "))
+}
+
+func noTemps(t *testing.T, boot string) {
+	t.Helper()
+	filepath.WalkDir(boot, func(name string, d fs.DirEntry, err error) error {
+		if err == nil && isTemp(d.Name()) {
+			t.Errorf("%s is left", name)
+		}
+		return err
+	})
+}
+
+// tree prints all files of a boot file system.
+func tree(t *testing.T, boot string) string {
+	t.Helper()
+	var b strings.Builder
+	err := filepath.WalkDir(boot, func(name string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		data, err := os.ReadFile(name)
+		rel, _ := filepath.Rel(boot, name)
+		if rel == "lilo/installed" {
+			data = nil // a hash that depends on the directory's name
+		}
+		fmt.Fprintf(&b, "== %s\n%s", rel, strings.NewReplacer(boot, "BOOT", "\x00", "").Replace(string(data)))
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// nextBLS is systemd-boot: the first of the files that it takes for entries.
+func nextBLS(t *testing.T, boot string) string {
+	t.Helper()
+	records, _, err := entryDir{Paths{Boot: boot}}.read(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(records) == 0 {
+		return ""
+	}
+	return records[0].ID
+}
+
+func bootSystemdBoot(t *testing.T, boot, id string) {
+	t.Helper()
+	d := entryDir{Paths{Boot: boot}}
+	names, err := d.files(id)
+	if err != nil || len(names) != 1 {
+		t.Fatalf("booting %s: files %q, %v", id, names, err)
+	}
+	n, _ := bls.ParseName(names[0])
+	if !n.Counted {
+		return
+	}
+	n.Left, n.Done = max(0, n.Left-1), n.Done+1
+	if err := os.Rename(filepath.Join(d.dir(), names[0]), filepath.Join(d.dir(), n.String())); err != nil {
+		t.Fatal(err)
+	}
+}
+
+var (
+	grubIf  = regexp.MustCompile(`^(?:el)?if \[ "\$(\w+)" (!?=) (\S+) \]; then(?: set (\w+)=(\S+))?$`)
+	grubSet = regexp.MustCompile(`^set (\w+)=(\S+)$`)
+)
+
+// grubRun runs the part of the script that our menus use, at the top or in a menuentry:
+// chains of comparisons, each with one assignment in it or after it.
+func grubRun(t *testing.T, boot, menuentry string) map[string]string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(boot, "grub/grub.cfg"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	env, err := os.ReadFile(filepath.Join(boot, "grub/grubenv"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	vars := map[string]string{"grub_platform": "pc"}
+	if list, err := parseEnv(env); err == nil {
+		for _, v := range list {
+			if regexp.MustCompile(`(?m)^load_env .*\b` + v.name + `\b`).Match(text) {
+				vars[v.name] = v.value
+			}
+		}
+	}
+	in, taken, active := "", false, true
+	for line := range strings.Lines(string(text)) {
+		line = strings.TrimSpace(line)
+		switch m := grubIf.FindStringSubmatch(line); {
+		case strings.HasPrefix(line, "menuentry "):
+			in = regexp.MustCompile(`--id (\S+) \{$`).FindStringSubmatch(line)[1]
+		case line == "}":
+			in = ""
+		case in != menuentry:
+		case m != nil:
+			if strings.HasPrefix(line, "if") {
+				taken = false
+			}
+			active = !taken && (vars[m[1]] == m[3]) == (m[2] == "=")
+			if taken = taken || active; active && m[4] != "" {
+				vars[m[4]] = m[5]
+			}
+		case line == "else":
+			active = !taken
+		case line == "fi":
+			active = true
+		case active && grubSet.MatchString(line):
+			m := grubSet.FindStringSubmatch(line)
+			vars[m[1]] = m[2]
+		}
+	}
+	return vars
+}
+
+func nextGrub(t *testing.T, boot string) string {
+	t.Helper()
+	return grubRun(t, boot, "")["default"]
+}
+
+// bootGrub writes the variables in place, as GRUB does.
+func bootGrub(t *testing.T, boot, id string) {
+	t.Helper()
+	name := filepath.Join(boot, "grub/grubenv")
+	data, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	value := grubRun(t, boot, id)[grubVar(id)]
+	if value == "" {
+		return
+	}
+	vars, err := parseEnv(data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	next, err := formatEnv(setEnv(vars, grubVar(id), value), len(data))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(name, next, 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// installFakeExtlinux makes a ldlinux.sys of which only the last part is real.
+func installFakeExtlinux(t *testing.T, boot string) {
+	t.Helper()
+	adv, err := formatADV(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(boot, "extlinux"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(boot, "extlinux/ldlinux.sys"), append(bytes.Repeat([]byte("x"), 9), adv...), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func nextExtlinux(t *testing.T, boot string) string {
+	t.Helper()
+	armed, err := advFile(filepath.Join(boot, "extlinux/ldlinux.sys")).armed()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if armed != "" {
+		if !strings.Contains(readMenu(t, boot, "extlinux/extlinux.conf"), "\nLABEL "+armed+"\n") {
+			t.Errorf("to be booted once is %q, which the menu lacks", armed)
+		}
+		return armed
+	}
+	return menuDefault(readMenu(t, boot, "extlinux/extlinux.conf"), "DEFAULT ")
+}
+
+func bootExtlinux(t *testing.T, boot, id string) {
+	t.Helper()
+	if err := advFile(filepath.Join(boot, "extlinux/ldlinux.sys")).arm(""); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func nextUBoot(t *testing.T, boot string) string {
+	t.Helper()
+	return menuDefault(readMenu(t, boot, "extlinux/extlinux.conf"), "default ")
+}
+
+func readMenu(t *testing.T, boot, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(boot, name))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+func menuDefault(menu, key string) string {
+	for line := range strings.Lines(menu) {
+		if id, ok := strings.CutPrefix(line, key); ok {
+			return strings.TrimSpace(id)
+		}
+	}
+	return ""
+}
+
