@@ -235,7 +235,7 @@ func (d *Disk) args(i int, unsafe bool) ([]string, error) {
 		cache += "off"
 	}
 	node := fmt.Sprintf("disk%d", i)
-	device := fmt.Sprintf("virtio-blk-pci,drive=%s,bootindex=%d,write-cache=on", node, i)
+	device := fmt.Sprintf("virtio-blk-pci,drive=%s,bootindex=%d,write-cache=on", node, i+1)
 	file := fmt.Sprintf("driver=file,filename=%s,discard=unmap,%s", comma(d.File), cache)
 	if d.WriteLog == "" {
 		return []string{
