@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -18,8 +17,13 @@ import (
 	"github.com/particle-os/particle/converter/store"
 )
 
-// maxDamaged is how many damaged objects a report names.
-const maxDamaged = 100
+const (
+	// enablers work side by side: each waits for the disk more than it computes, since
+	// the kernel writes a file's hashes before it calls it done.
+	enablers = 32
+	// maxDamaged is how many damaged objects a report names.
+	maxDamaged = 100
+)
 
 // enableVerity enables fs-verity on the whole store if the physical root has the mark
 // that asks for it. The mark goes once all is done and durable; until then every boot
@@ -96,11 +100,10 @@ func EnableVerity(ctx context.Context, st *store.Store, progress func(done, tota
 		next++
 		return names[next-1], true
 	}
-	// Files are written and read again: workers wait for the disk more than they compute.
-	for range min(max(1, len(names)), 4*runtime.GOMAXPROCS(0)) {
+	for range min(len(names), enablers) {
 		wg.Go(func() {
 			for name, ok := take(); ok; name, ok = take() {
-				good, err := enableObject(st, name)
+				good, had, err := enableObject(st, name)
 				mu.Lock()
 				switch {
 				case err != nil:
@@ -109,6 +112,9 @@ func EnableVerity(ctx context.Context, st *store.Store, progress func(done, tota
 					}
 				case good:
 					e.Objects++
+					if had {
+						e.Already++
+					}
 				case len(e.Damaged) < maxDamaged:
 					e.Damaged = append(e.Damaged, name)
 				}
@@ -165,27 +171,34 @@ func objectNames(st *store.Store) ([]string, error) {
 }
 
 // enableObject enables fs-verity on one object and reports whether it has the digest
-// of its name.
-func enableObject(st *store.Store, name string) (good bool, err error) {
+// of its name now, and whether it had fs-verity before.
+func enableObject(st *store.Store, name string) (good, had bool, err error) {
 	want, err := fsverity.ParsePath(name)
 	if err != nil {
-		return false, err
+		return false, false, err
 	}
 	f, err := os.OpenFile(filepath.Join(st.ObjectsDir(), name), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
-		return false, nil // a link or a pipe is no object
+		return false, false, nil // a link or a pipe is no object
 	} else if err != nil {
-		return false, err
+		return false, false, err
 	}
 	defer f.Close()
 	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
-		return false, err
-	}
-	if err := fsverity.Enable(f, st.Algorithm()); err != nil {
-		return false, err
+		return false, false, err
 	}
 	got, err := fsverity.Measure(f)
-	return got == want, err
+	if err == nil {
+		return got == want, true, nil
+	}
+	if !errors.Is(err, fsverity.ErrNotEnabled) {
+		return false, false, err
+	}
+	if err := fsverity.Enable(f, st.Algorithm()); err != nil {
+		return false, false, err
+	}
+	got, err = fsverity.Measure(f)
+	return got == want, false, err
 }
 
 // enableFile enables fs-verity on a file.

@@ -189,11 +189,11 @@ func (d disk) deploy(t testing.TB, s system) fsverity.Digest {
 func (d disk) state(t testing.TB, id string) {
 	t.Helper()
 	dir := "state/deploy/" + id
-	d.write(t, dir+"/etc/state", "of the state")
+	d.write(t, dir+"/etc/state", "of the state\n")
 	if err := os.Symlink("../../os/default/var", d.path(dir+"/var")); err != nil {
 		t.Fatal(err)
 	}
-	d.write(t, "state/os/default/var/shared", "of all")
+	d.write(t, "state/os/default/var/shared", "of all\n")
 }
 
 // object returns the path of the object with some content, below the disk.

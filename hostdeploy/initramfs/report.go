@@ -52,6 +52,8 @@ type Report struct {
 type Enabled struct {
 	// Objects is how many have fs-verity and the digest of their name now.
 	Objects int `json:"objects"`
+	// Already is how many of them had it before: from a boot that was interrupted.
+	Already int `json:"already"`
 	// Damaged are objects that have another content than their name says, at most
 	// a hundred; reading them fails. Where there are any, the store does not promise
 	// fs-verity and the next boot tries again.

@@ -44,9 +44,9 @@ func TestSetup(t *testing.T) {
 	}
 
 	wantFile(t, b.path("usr/share/large"), strings.Repeat("large", 5000))
-	wantFile(t, b.path("etc/state"), "of the state")
-	wantFile(t, b.path("var/shared"), "of all")
-	wantFile(t, b.path("sysroot/state/os/default/var/shared"), "of all")
+	wantFile(t, b.path("etc/state"), "of the state\n")
+	wantFile(t, b.path("var/shared"), "of all\n")
+	wantFile(t, b.path("sysroot/state/os/default/var/shared"), "of all\n")
 	if _, err := os.Stat(b.path("etc/image")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the image's own /etc shows: %v", err)
 	}
@@ -82,8 +82,8 @@ func TestShared(t *testing.T) {
 	if _, err := b.setup(t, insecure(image)); err != nil {
 		t.Fatal(err)
 	}
-	wantFile(t, b.path("etc/state"), "of the state")
-	wantFile(t, b.path("sysroot/state/os/default/var/shared"), "of all")
+	wantFile(t, b.path("etc/state"), "of the state\n")
+	wantFile(t, b.path("sysroot/state/os/default/var/shared"), "of all\n")
 }
 
 func TestTransient(t *testing.T) {
@@ -107,8 +107,8 @@ func TestTransient(t *testing.T) {
 		wantFile(t, b.path(name), "changed")
 	}
 	for name, want := range map[string]string{
-		"state/deploy/" + image.String() + "/etc/state": "of the state",
-		"state/os/default/var/shared":                   "of all",
+		"state/deploy/" + image.String() + "/etc/state": "of the state\n",
+		"state/os/default/var/shared":                   "of all\n",
 		object(strings.Repeat("large", 5000)):           strings.Repeat("large", 5000),
 	} {
 		wantFile(t, d.path(name), want)
@@ -392,11 +392,11 @@ func TestPrepareNext(t *testing.T) {
 		}
 		wantFile(t, filepath.Join(target, "usr/share/version"), "2")
 		wantFile(t, filepath.Join(target, "etc/state"), "second")
-		wantFile(t, filepath.Join(target, "var/shared"), "of all")
-		wantFile(t, filepath.Join(target, "sysroot/state/os/default/var/shared"), "of all")
+		wantFile(t, filepath.Join(target, "var/shared"), "of all\n")
+		wantFile(t, filepath.Join(target, "sysroot/state/os/default/var/shared"), "of all\n")
 	}
 	// The running system is as it was, and the report of each root is its own.
-	wantFile(t, b.path("etc/state"), "of the state")
+	wantFile(t, b.path("etc/state"), "of the state\n")
 	for root, want := range map[string]fsverity.Digest{b.root: image, target: second} {
 		if r, err := readFor(b.run, root); err != nil || r.Digest != want {
 			t.Errorf("report of %s: got %+v, %v, want %s", root, r, err, want)
