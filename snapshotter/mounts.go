@@ -1,0 +1,380 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	cmount "github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+
+	"github.com/particle-os/particle/converter/fsverity"
+	"github.com/particle-os/particle/converter/mount"
+)
+
+// A mounted is a merged image that is mounted, and the snapshots that need it.
+type mounted struct {
+	target       string
+	image        fsverity.Digest
+	verification mount.Verification
+	loop         bool
+	users        map[string]bool // IDs of active snapshots and views
+}
+
+// A mountTable knows the mounts of this process. Changing a mount point takes the
+// lock of its path, too.
+type mountTable struct {
+	mu       sync.Mutex
+	byTarget map[string]*mounted
+	byUser   map[string]*mounted // a snapshot needs one at most
+}
+
+func (t *mountTable) init() {
+	t.byTarget, t.byUser = map[string]*mounted{}, map[string]*mounted{}
+}
+
+// of returns a copy of the mount that a snapshot needs.
+func (t *mountTable) of(user string) (mounted, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if m := t.byUser[user]; m != nil {
+		return *m, true
+	}
+	return mounted{}, false
+}
+
+// use adds a user to the mount at target and reports whether there is one.
+func (t *mountTable) use(target, user string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	m := t.byTarget[target]
+	if m == nil {
+		return false
+	}
+	m.users[user] = true
+	t.byUser[user] = m
+	return true
+}
+
+func (t *mountTable) add(m *mounted) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.byTarget[m.target] = m
+}
+
+// drop removes a user and reports whether the mount has none any more, in which case
+// it is forgotten.
+func (t *mountTable) drop(target, user string) (unused bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.byUser, user)
+	m := t.byTarget[target]
+	if m == nil {
+		return false
+	}
+	delete(m.users, user)
+	if len(m.users) > 0 {
+		return false
+	}
+	delete(t.byTarget, target)
+	return true
+}
+
+// count returns the number of mounts and of those that are on loop devices.
+func (t *mountTable) count() (mounts, loops int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, m := range t.byTarget {
+		mounts++
+		if m.loop {
+			loops++
+		}
+	}
+	return mounts, loops
+}
+
+// mountPoint returns where the merged image of a committed snapshot is mounted.
+func (s *Snapshotter) mountPoint(id string, m *idMap) string {
+	if m != nil {
+		id += "-" + m.name()
+	}
+	return filepath.Join(s.root, "mounts", id)
+}
+
+// acquire mounts the merged image of a chain, if that has not been done, for the
+// active snapshot or view with the ID user.
+func (s *Snapshotter) acquire(ctx context.Context, user string, chain []string, m *idMap, speculative bool) (string, error) {
+	top := chain[len(chain)-1]
+	target := s.mountPoint(top, m)
+	defer s.lock(target)()
+	if !speculative {
+		s.state.setSpeculative(top, false)
+	}
+	if s.mounts.use(target, user) {
+		return target, nil
+	}
+	image, err := s.image(ctx, chain, speculative)
+	if err != nil {
+		return "", err
+	}
+	made, err := s.mountImage(target, image, m)
+	if err != nil {
+		return "", err
+	}
+	s.mounts.add(made)
+	s.mounts.use(target, user)
+	return target, nil
+}
+
+// release gives up the mount that a snapshot needs, if any.
+func (s *Snapshotter) release(user string) {
+	m, ok := s.mounts.of(user)
+	if !ok {
+		return
+	}
+	defer s.lock(m.target)()
+	if !s.mounts.drop(m.target, user) {
+		return
+	}
+	s.unmount(m.target)
+}
+
+// unmount clears a mount point. What still uses the files (a container's overlay that
+// is not unmounted yet, say) keeps them.
+func (s *Snapshotter) unmount(target string) {
+	if err := detachAll(target); err != nil {
+		s.log.Warn("unmounting", "target", target, "error", err)
+		return
+	}
+	if err := os.Remove(target); err != nil && !errors.Is(err, os.ErrNotExist) {
+		s.log.Warn("removing a mount point", "target", target, "error", err)
+	}
+}
+
+// detachAll unmounts all images at a mount point, which need not exist.
+func detachAll(target string) error {
+	for {
+		err := mount.Detach(target)
+		if errors.Is(err, mount.ErrNotMounted) || errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// mountImage mounts an image, or takes over the mount that an earlier process left
+// for those who use it.
+func (s *Snapshotter) mountImage(target string, image fsverity.Digest, m *idMap) (*mounted, error) {
+	f, _, err := s.store.OpenImage(image.String())
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	made := &mounted{target: target, image: image, users: map[string]bool{}}
+	old, err := mountedAt(target)
+	if err != nil {
+		return nil, err
+	}
+	if old != nil && old.Name == image.String() {
+		if made.verification, err = verify(f, image, old.Verity); err == nil {
+			made.loop = s.onLoop()
+			return made, nil
+		}
+		s.log.Warn("mounting anew", "target", target, "error", err)
+	}
+	if err := detachAll(target); err != nil {
+		return nil, err
+	}
+	if err := os.Mkdir(target, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return nil, err
+	}
+	opts := mount.Options{
+		Image:          f,
+		Objects:        []string{s.store.ObjectsDir()},
+		Digest:         image,
+		Verity:         mount.VerityTry,
+		ObjectsChecked: true,
+		Name:           image.String(),
+		// Containers stack a second overlay on it.
+		Loop: s.onLoop(),
+	}
+	if m != nil {
+		ns, err := cmount.GetUsernsFD(m.uid, m.gid)
+		if err != nil {
+			return nil, fmt.Errorf("making a user namespace of uids %q and gids %q: %w", m.uid, m.gid, err)
+		}
+		defer ns.Close()
+		opts.UserNS = ns
+	}
+	state, err := mount.Mount(target, opts)
+	if err != nil {
+		return nil, err
+	}
+	for _, w := range state.Warnings {
+		s.log.Warn(w, "target", target)
+	}
+	made.verification, made.loop = state.Verification, state.Loop
+	s.counters.mounts.Add(1)
+	s.log.Debug("mounted", "target", target, "image", image.String(), "verification", string(state.Verification), "loop", state.Loop)
+	return made, nil
+}
+
+// onLoop reports whether images must be mounted from loop devices.
+func (s *Snapshotter) onLoop() bool { return !s.features.File.OK || !s.features.FileStacks.OK }
+
+// mountedAt returns the composefs image that is mounted at target, nil for none.
+func mountedAt(target string) (*mount.Mounted, error) {
+	all, err := mount.List()
+	if err != nil {
+		return nil, err
+	}
+	for i := len(all) - 1; i >= 0; i-- {
+		if all[i].Target == target {
+			return &all[i], nil
+		}
+	}
+	return nil, nil
+}
+
+// verify says who checks the files of a mount that an earlier process made, and
+// compares the image again where the kernel does not.
+func verify(image *os.File, want fsverity.Digest, verity bool) (mount.Verification, error) {
+	got, err := fsverity.Measure(image)
+	measured := err == nil
+	if !measured {
+		if got, _, err = fsverity.Read(want.Algorithm(), io.NewSectionReader(image, 0, math.MaxInt64)); err != nil {
+			return mount.None, err
+		}
+	}
+	switch {
+	case got != want:
+		return mount.None, fmt.Errorf("%w: got %s, want %s", mount.ErrWrongDigest, got, want)
+	case measured && verity:
+		return mount.Enforced, nil
+	}
+	return mount.Checked, nil
+}
+
+// restore mounts what active snapshots and views need, and unmounts what none needs.
+func (s *Snapshotter) restore(ctx context.Context) error {
+	type need struct {
+		id, key string
+		chain   []string
+		m       *idMap
+	}
+	var needs []need
+	err := s.read(ctx, func(ctx context.Context) error {
+		return walkAll(ctx, func(ctx context.Context, info snapshots.Info) error {
+			if info.Kind == snapshots.KindCommitted {
+				return nil
+			}
+			id, _, _, err := storage.GetInfo(ctx, info.Name)
+			if err != nil {
+				return err
+			}
+			if info.Kind == snapshots.KindActive {
+				if err := makeUpper(s.dir(id)); err != nil {
+					return err
+				}
+			}
+			if info.Parent == "" {
+				return nil
+			}
+			ids, err := chain(ctx, info.Parent)
+			if err != nil {
+				return err
+			}
+			m, err := parseIDMap(info.Labels)
+			if err != nil {
+				return err
+			}
+			needs = append(needs, need{id, info.Name, ids, m})
+			return nil
+		})
+	})
+	if err != nil {
+		return err
+	}
+	for _, n := range needs {
+		if s.lazy(n.key) {
+			continue
+		}
+		if _, err := s.acquire(ctx, n.id, n.chain, n.m, isExtract(n.key)); err != nil {
+			s.log.Error("mounting the layers of a snapshot", "key", n.key, "error", err)
+		}
+	}
+	return s.unmountUnused()
+}
+
+// unmountUnused unmounts what an earlier process mounted and nobody needs any more.
+func (s *Snapshotter) unmountUnused() error {
+	dirs, err := os.ReadDir(filepath.Join(s.root, "mounts"))
+	if err != nil {
+		return err
+	}
+	for _, e := range dirs {
+		target := filepath.Join(s.root, "mounts", e.Name())
+		func() {
+			defer s.lock(target)()
+			s.mounts.mu.Lock()
+			_, used := s.mounts.byTarget[target]
+			s.mounts.mu.Unlock()
+			if !used {
+				s.unmount(target)
+			}
+		}()
+	}
+	return nil
+}
+
+// UnmountAll unmounts all images below the root directory of a snapshotter that is
+// not running. Containers that run keep their files. It is for taking a snapshotter
+// away; New mounts them again.
+func UnmountAll(root string) error {
+	root, err := filepath.EvalSymlinks(root)
+	if err != nil {
+		return err
+	}
+	if root, err = filepath.Abs(root); err != nil {
+		return err
+	}
+	all, err := mount.List()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, m := range all {
+		if strings.HasPrefix(m.Target, filepath.Join(root, "mounts")+"/") {
+			errs = append(errs, mount.Detach(m.Target))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// upperInUse reports whether an overlay that this process sees has the directory as
+// upper directory.
+func upperInUse(dir string) (used bool, err error) {
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	err = mount.ParseMountinfo(f, func(e mount.Entry) error {
+		if e.Type == "overlay" {
+			for _, upper := range e.SuperOption("upperdir") {
+				used = used || upper == dir
+			}
+		}
+		return nil
+	})
+	return used, err
+}
