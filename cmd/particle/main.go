@@ -100,6 +100,7 @@ func newApp(t *term) *cli.App {
 		newDiffCommand(t),
 		newImagesCommand(t),
 		newInspectCommand(t),
+		newPrepareCommand(t),
 		newRmCommand(t),
 	)
 	group("Conversion",
