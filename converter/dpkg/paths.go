@@ -57,7 +57,9 @@ func (p *paths) dir(name string) place {
 	at, ok := p.dirs[name]
 	if !ok {
 		links := 0
-		at = p.walk(place{"/", p.root}, name, &links)
+		if at = p.walk(place{"/", p.root}, name, &links); links > maxLinks {
+			at = place{path: name} // a loop leads nowhere
+		}
 		p.dirs[name] = at
 	}
 	return at
@@ -83,7 +85,7 @@ func (p *paths) walk(at place, name string, links *int) place {
 		}
 		if n := next.node; n != nil && n.Type() == tree.TypeSymlink {
 			if *links++; *links > maxLinks {
-				return place{path: next.path} // a loop leads nowhere
+				return next
 			}
 			next = p.walk(at, n.Target, links)
 		}
