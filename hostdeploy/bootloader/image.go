@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -100,13 +101,22 @@ func runHere(ctx context.Context, root string, binds []bind, args []string) ([]b
 	cmd.Dir = "/"
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
-	var out, errs bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &errs
-	if err := cmd.Run(); err != nil {
-		said := bytes.TrimSpace(append(errs.Bytes(), out.Bytes()...))
-		return nil, fmt.Errorf("running %q in the image: %w: %.500s", args, err, said)
+	// A file, since grub-mkimage fails where it cannot fsync(2) what it wrote.
+	fd, err := unix.MemfdCreate("output", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("making a file for what %q prints: %w", args[0], err)
 	}
-	return out.Bytes(), nil
+	out := os.NewFile(uintptr(fd), "output")
+	defer out.Close()
+	var errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = out, &errs
+	if err := cmd.Run(); err != nil {
+		return nil, fmt.Errorf("running %q in the image: %w: %.500s", args, err, bytes.TrimSpace(errs.Bytes()))
+	}
+	if _, err := out.Seek(0, io.SeekStart); err != nil {
+		return nil, err
+	}
+	return io.ReadAll(out)
 }
 
 // disk opens the disk for its boot sectors: the device where there is one, since a file's

@@ -725,4 +725,3 @@ func menuDefault(menu, key string) string {
 	}
 	return ""
 }
-
