@@ -79,6 +79,10 @@ type Options struct {
 	// redirect_dir and files that were changed with metacopy depend on the layers
 	// below and give ErrNotLayer.
 	OverlayUpper bool
+	// TrustedXattrs says that the overlay of an OverlayUpper was mounted without
+	// userxattr: xattrs named user.overlay.* are the files' own then, as those of an
+	// unprivileged overlay within a container are.
+	TrustedXattrs bool
 
 	// Live says that the directory is in use. Names that vanish are left out, and what
 	// changes while it is read is read again; only when that goes on and on is it

@@ -293,6 +293,14 @@ func TestOverlayUpper(t *testing.T) {
 		}
 	}
 
+	tr := d.scan(Options{OverlayUpper: true, TrustedXattrs: true})
+	if n := tr.Lookup("rootless"); n.IsOpaque() || n.Xattrs["user.overlay.opaque"] != "y" {
+		t.Errorf("TrustedXattrs: got %q, want the file's own user.overlay.opaque", n.Xattrs)
+	}
+	if !tr.Lookup("opaque").IsOpaque() {
+		t.Error("TrustedXattrs: the opaque directory is none")
+	}
+
 	d.mkdir("moved")
 	d.xattr("moved", "trusted.overlay.redirect", "/from")
 	_, err := Dir(context.Background(), d.root, nil, Options{OverlayUpper: true, SkipXattrs: true})

@@ -51,7 +51,7 @@ func (s *scanner) xattrs(n *tree.Node, r xattrReader) error {
 	for key := range strings.SplitSeq(strings.TrimSuffix(string(list), "\x00"), "\x00") {
 		as := key
 		if s.opts.OverlayUpper {
-			if as, err = overlayKey(key); err != nil {
+			if as, err = overlayKey(key, s.opts.TrustedXattrs); err != nil {
 				return err
 			}
 		}
@@ -78,9 +78,12 @@ func (s *scanner) xattrs(n *tree.Node, r xattrReader) error {
 // overlayKey returns the name in a layer's tree of an xattr of an upperdir, "" for
 // one that overlayfs keeps for itself (Linux Documentation/filesystems/overlayfs.rst;
 // OVL_XATTR_* in fs/overlayfs/overlayfs.h). Overlays of unprivileged users have
-// user.overlay.* (mount option userxattr).
-func overlayKey(key string) (string, error) {
+// user.overlay.* (mount option userxattr); trusted says that this is none of those.
+func overlayKey(key string, trusted bool) (string, error) {
 	rest, ok := strings.CutPrefix(key, "trusted.overlay.")
+	if !ok && trusted {
+		return key, nil
+	}
 	if !ok {
 		if rest, ok = strings.CutPrefix(key, "user.overlay."); !ok {
 			return key, nil
