@@ -129,7 +129,10 @@ func (s *Snapshotter) takeUpper(ctx context.Context, a *active) (_ *tree.Tree, e
 	txn.SetImmutableSources(link)
 	// A bind mount has no whiteouts: what looks like one there is a device.
 	overlay := len(a.chain) > 0 || isExtract(a.key)
-	t, err := scan.Dir(ctx, s.upper(a.id), txn, scan.Options{OverlayUpper: overlay, OneFileSystem: true})
+	t, err := scan.Dir(ctx, s.upper(a.id), txn, scan.Options{
+		OverlayUpper: overlay, TrustedXattrs: true, OneFileSystem: true,
+		Live: !link, // a container may still run
+	})
 	switch {
 	case errors.Is(err, scan.ErrChanged):
 		return nil, fmt.Errorf("%w: somebody writes to the snapshot: stop the container first: %w", err, errdefs.ErrUnavailable)
