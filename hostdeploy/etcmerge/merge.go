@@ -72,10 +72,7 @@ func (m *merger) name(p string, o, n, l *tree.Node) (e *tree.Node, keep bool, er
 	case l == nil && o == nil:
 		return m.whole(p, n, false), false, nil
 	case l == nil:
-		if !m.same(o, n) {
-			m.conflict(p, RemovedHere, "")
-		}
-		return nil, false, nil
+		return m.removedHere(p, o, n), false, nil
 	case n == nil && o == nil:
 		return m.whole(p, l, true), false, nil
 	case l.IsDir() && (n != nil && n.IsDir() || n == nil && o.IsDir()):
@@ -180,6 +177,32 @@ func (m *merger) dir(p string, o, n, l *tree.Node) (*tree.Node, error) {
 		m.conflict(p, RemovedByImage, "")
 	}
 	return e, nil
+}
+
+// removedHere merges what was removed locally: it stays so, but what the image adds to a
+// directory that it had is nothing that anybody removed.
+func (m *merger) removedHere(p string, o, n *tree.Node) *tree.Node {
+	if o.IsDir() && n.IsDir() {
+		e := &tree.Node{Stat: n.Stat, Dir: map[string]*tree.Node{}}
+		for _, name := range names(n) {
+			at, oc, nc := tree.Join(p, name), o.Dir[name], n.Dir[name]
+			if oc == nil {
+				e.Dir[name] = m.whole(at, nc, false)
+			} else if c := m.removedHere(at, oc, nc); c != nil {
+				e.Dir[name] = c
+			}
+		}
+		if len(e.Dir) > 0 {
+			return e
+		}
+		if sameMeta(o, n) {
+			return nil
+		}
+	} else if m.same(o, n) {
+		return nil
+	}
+	m.conflict(p, RemovedHere, "")
+	return nil
 }
 
 func child(dir *tree.Node, name string) *tree.Node {

@@ -24,6 +24,8 @@ func TestMerge(t *testing.T) {
 		{"changed locally only", spec{"/a": long("1")}, spec{"/a": long("1")}, spec{"/a": long("2")},
 			spec{"/a": long("2")}, nil},
 		{"removed locally", spec{"/a": "1", "/d/b": "1"}, spec{"/a": "1", "/d/b": "1"}, spec{}, spec{}, nil},
+		{"directory removed locally, added to and changed by the image", spec{"/d/b": "1", "/d/e/c": "1", "/d/g/h": "1"}, spec{"/d/b": "2", "/d/e/c": "1", "/d/e/f": "2", "/d/g/h": "1"}, spec{},
+			spec{"/d/e/f": "2"}, []string{"/etc/d/b: removed here, changed by the image"}},
 		{"removed locally, changed by the image", spec{"/a": "1"}, spec{"/a": "2"}, spec{}, spec{}, []string{"/etc/a: removed here, changed by the image"}},
 		{"added", spec{}, spec{"/n": "1", "/nd/x": "1"}, spec{"/l": "2", "/ld/x": "2"},
 			spec{"/n": "1", "/nd/x": "1", "/l": "2", "/ld/x": "2"}, nil},
