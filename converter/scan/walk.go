@@ -102,7 +102,7 @@ func (s *scanner) entry(d *dir, name string) (*tree.Node, error) {
 
 func (s *scanner) entryOnce(d *dir, name string) (node *tree.Node, err error) {
 	fail := func(err error) (*tree.Node, error) {
-		if err == unix.ENOENT || err == unix.ENOTDIR || err == unix.ELOOP {
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
 			// It was there a moment ago, and as another type.
 			err = fmt.Errorf("%w: %v", ErrChanged, err)
 		}
