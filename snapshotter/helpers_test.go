@@ -10,11 +10,20 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/log"
+
 	"github.com/particle-os/particle/converter"
 	"github.com/particle-os/particle/converter/mount"
 	"github.com/particle-os/particle/converter/store"
 	"github.com/particle-os/particle/snapshotter"
 )
+
+func TestMain(m *testing.M) {
+	if err := log.SetLevel("error"); err != nil { // of containerd's packages
+		panic(err)
+	}
+	os.Exit(m.Run())
+}
 
 // requireMounts skips a test where this process may not mount composefs images.
 func requireMounts(t testing.TB) {
@@ -48,18 +57,20 @@ type env struct {
 	store *store.Store
 }
 
-// open makes or opens the snapshotter in a directory.
-func open(ctx context.Context, dir string, o snapshotter.Options) (*env, error) {
-	st, err := store.Init(filepath.Join(dir, "store"), store.Options{})
-	if err != nil {
-		return nil, err
+// open makes or opens the snapshotter in a directory, with a store there if the
+// options have none.
+func open(ctx context.Context, dir string, o snapshotter.Options) (_ *env, err error) {
+	if o.Store == nil {
+		if o.Store, err = store.Init(filepath.Join(dir, "store"), store.Options{}); err != nil {
+			return nil, err
+		}
 	}
-	o.Root, o.Store = filepath.Join(dir, "root"), st
+	o.Root = filepath.Join(dir, "root")
 	s, err := snapshotter.New(ctx, o)
 	if err != nil {
 		return nil, err
 	}
-	return &env{s, dir, o.Root, st}, nil
+	return &env{s, dir, o.Root, o.Store}, nil
 }
 
 // mustOpen is open for the length of a test, whose end takes all mounts away, checks

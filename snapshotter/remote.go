@@ -259,7 +259,7 @@ func (s *Snapshotter) ingest(ctx context.Context, txn *store.Txn, r io.Reader, c
 		return layer.Result{}, err
 	}
 	for _, w := range res.Warnings {
-		s.log.Warn(w, "layer", res.DiffID)
+		s.log.Info(w, "layer", res.DiffID)
 	}
 	if _, err := stream.Close(store.LayerPrefix + res.DiffID); err != nil {
 		return layer.Result{}, err
