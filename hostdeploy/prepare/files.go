@@ -15,13 +15,15 @@ import (
 //go:embed rootfs
 var rootfs embed.FS
 
-// wants are the links that make the units part of a boot; presets are not asked, since a
-// machine with an empty /etc/machine-id has no first boot in systemd's sense
-// (machine-id(5)).
-var wants = []struct{ name, target string }{
+// links are the links that every prepared tree gets. Those in .wants directories make
+// the units part of a boot; presets are not asked, since a machine with an empty
+// /etc/machine-id has no first boot in systemd's sense (machine-id(5)).
+var links = []struct{ name, target string }{
 	{"usr/lib/systemd/system/ssh.service.wants/particle-ssh-keys.service", "../particle-ssh-keys.service"},
 	{"usr/lib/systemd/system/ssh.socket.wants/particle-ssh-keys.service", "../particle-ssh-keys.service"},
 	{"usr/lib/systemd/system/sysinit.target.wants/particle-build-stubs.service", "../particle-build-stubs.service"},
+	// It makes /home and /srv, which are links now, and complains at each boot.
+	{"etc/tmpfiles.d/home.conf", "/dev/null"},
 }
 
 // files writes rootfs.
@@ -39,8 +41,14 @@ func (p *preparation) files(context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, w := range wants {
-		if err := p.link(w.name, w.target, ""); err != nil {
+	for _, l := range links {
+		// A file of the image author's own in that place stays.
+		if fi, err := p.lstat(l.name); err != nil {
+			return err
+		} else if fi != nil && fi.Mode().IsRegular() {
+			continue
+		}
+		if err := p.link(l.name, l.target, ""); err != nil {
 			return err
 		}
 	}

@@ -154,8 +154,9 @@ func (p *preparation) otherSysusers() (map[string]string, error) {
 				continue
 			}
 			kind := strings.TrimRight(f[0], "!")
+			id, _, _ := strings.Cut(f[2], ":") // a user's may have its group behind it
 			if _, ok := fixed[kind+" "+f[1]]; !ok {
-				fixed[kind+" "+f[1]] = f[2]
+				fixed[kind+" "+f[1]] = id
 			}
 		}
 	}

@@ -27,7 +27,7 @@ var seeded = []string{"var/home", "var/roothome", "var/srv"}
 // the machine makes anew by itself.
 var buildState = []string{
 	"var/cache/debconf/*",
-	"var/lib/apt/*/*",
+	"var/lib/apt/periodic/*",
 	"var/lib/initramfs-tools",
 	"var/lib/pam",
 	"var/lib/shells.state",
