@@ -263,7 +263,11 @@ func (p *Plan) etcText() string {
 func (p *Plan) tries() int { return min(DefaultTries, p.h.Loader.Tries().Max) }
 
 func (p *Plan) triesText() string {
-	switch n := p.tries(); n {
+	n := p.tries()
+	if p.req.Base == "" {
+		return "as the only one"
+	}
+	switch n {
 	case 0:
 		return "which cannot fall back by itself"
 	case 1:

@@ -54,7 +54,7 @@ func (h *Host) Status(ctx context.Context) (*Status, error) {
 	}
 	s := &Status{Deployments: []*DeploymentStatus{}, Loader: h.Loader.Name(), Verity: h.Store.Verity()}
 	if t := h.Loader.Tries(); t.Max > 0 {
-		s.Fallback = fmt.Sprintf("%s, at most %d tries", t.How, t.Max)
+		s.Fallback = fmt.Sprintf("after %d tries, counted %s", min(t.Max, DefaultTries), t.How)
 	}
 	if s.BootFree, s.BootSize, err = free(h.Paths.Boot); err != nil {
 		return nil, err
