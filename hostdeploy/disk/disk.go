@@ -193,9 +193,9 @@ func (d *Disk) mount() (err error) {
 		return err
 	}
 	if d.o.Layout.ESP {
-		// What the directories cost is not counted in memory: half a cluster more for each
-		// of them would be plenty, 64 are for about that many.
-		size := d.fatFree - 64*d.cluster
+		// Memory counts pages, which are at least as long as clusters, but not what
+		// directories take: that of some dozens is set aside.
+		size := d.fatFree - 256<<10
 		return d.mounts.add("boot", "particle-esp", "tmpfs", unix.MS_NOATIME|unix.MS_NODEV|unix.MS_NOSUID,
 			fmt.Sprintf("size=%d,mode=0755", max(size, 1)))
 	}

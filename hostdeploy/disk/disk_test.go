@@ -3,8 +3,6 @@ package disk
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -140,24 +139,26 @@ func noise(seed uint64, n int) []byte {
 	return b
 }
 
-// attachPart puts a loop device over a partition for the judges.
-func attachPart(t *testing.T, path string, p *Partition, sector int) string {
+// attachPart puts a loop device over a partition for the judges, until the function it
+// returns, or the test's end.
+func attachPart(t *testing.T, path string, p *Partition, sector int) (dev string, detach func()) {
 	t.Helper()
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { f.Close() })
+	defer f.Close()
 	l, err := attachLoop(f, p.Start, p.Size, sector)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
+	detach = sync.OnceFunc(func() {
 		if err := l.close(); err != nil {
 			t.Error(err)
 		}
 	})
-	return l.path
+	t.Cleanup(detach)
+	return l.path, detach
 }
 
 // judge has foreign programs check a finished disk.
@@ -166,7 +167,9 @@ func judge(t *testing.T, d *Disk) {
 	disk := d.Path
 	if d.Sector != 512 {
 		// The partitioners take a file's sectors to be 512 bytes.
-		disk = attachPart(t, d.Path, &Partition{Size: d.Size}, d.Sector)
+		dev, detach := attachPart(t, d.Path, &Partition{Size: d.Size}, d.Sector)
+		defer detach()
+		disk = dev
 	}
 	if out := tool(t, "sgdisk", "-v", disk); !strings.Contains(out, "No problems found") || strings.Contains(strings.ToLower(out), "caution") {
 		t.Errorf("sgdisk -v: %s", out)
@@ -174,8 +177,7 @@ func judge(t *testing.T, d *Disk) {
 	if out := tool(t, "sfdisk", "--verify", disk); !strings.Contains(out, "No errors detected") {
 		t.Errorf("sfdisk --verify: %s", out)
 	}
-	for i := range d.Partitions {
-		p := &d.Partitions[i]
+	for _, p := range d.Partitions {
 		if p.Start%align != 0 || p.Size%align != 0 {
 			t.Errorf("partition %d is not aligned: got %d+%d", p.Number, p.Start, p.Size)
 		}
@@ -190,7 +192,7 @@ func judge(t *testing.T, d *Disk) {
 		if p.FS == "" {
 			continue
 		}
-		dev := attachPart(t, d.Path, p, d.Sector)
+		dev, detach := attachPart(t, d.Path, &p, d.Sector)
 		if got := strings.TrimSpace(tool(t, "blkid", "-p", "-s", "UUID", "-o", "value", dev)); got != p.FSUUID {
 			t.Errorf("blkid, partition %d: got UUID %q, want %q", p.Number, got, p.FSUUID)
 		}
@@ -211,6 +213,7 @@ func judge(t *testing.T, d *Disk) {
 		case XFS:
 			tool(t, "xfs_repair", "-n", dev)
 		}
+		detach()
 	}
 }
 
@@ -221,6 +224,9 @@ func TestCreate(t *testing.T) {
 		"both": {ESP: true, BIOSBoot: true, Active: true}} {
 		for _, kind := range []FS{Ext4, Btrfs, XFS} {
 			for _, sector := range []int{512, 4096} {
+				if sector == 4096 && kind != Ext4 {
+					continue // sectors matter to the table and the FAT
+				}
 				t.Run(fmt.Sprintf("%s/%s/%d", name, kind, sector), func(t *testing.T) {
 					needLoops(t)
 					need(t, "sgdisk", "sfdisk", "e2fsck", "tune2fs", "btrfs", "xfs_repair", "mkfs.btrfs", "mkfs.xfs", "mkfs.vfat", "mcopy", "mtype")
@@ -233,7 +239,7 @@ func TestCreate(t *testing.T) {
 					if err := d.Finish(t.Context()); err != nil {
 						t.Fatal(err)
 					}
-					checkInspect(t, d) // before anybody else has it open
+					checkInspect(t, d)
 					judge(t, d)
 					checkContents(t, d, root, boot)
 				})
@@ -298,7 +304,8 @@ func checkInspect(t *testing.T, d *Disk) {
 func checkContents(t *testing.T, d *Disk, root, boot []byte) {
 	t.Helper()
 	read := func(p *Partition, name string) []byte {
-		dev := attachPart(t, d.Path, p, d.Sector)
+		dev, detach := attachPart(t, d.Path, p, d.Sector)
+		defer detach()
 		if p.FS == vfat {
 			out, err := exec.Command("mtype", "-i", dev, "::/"+name).Output()
 			if err != nil {
@@ -338,30 +345,6 @@ func checkContents(t *testing.T, d *Disk, root, boot []byte) {
 			t.Errorf("the core image is not in the disk: %v", err)
 		}
 	}
-}
-
-// tree returns the names below a directory, with the sums of files.
-func tree(t *testing.T, dir string) map[string]string {
-	t.Helper()
-	files := map[string]string{}
-	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		rel, _ := filepath.Rel(dir, path)
-		if e.IsDir() {
-			files[rel] = "directory"
-			return nil
-		}
-		b, err := os.ReadFile(path)
-		sum := sha256.Sum256(b)
-		files[rel] = hex.EncodeToString(sum[:])
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return files
 }
 
 func TestCancel(t *testing.T) {

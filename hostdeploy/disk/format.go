@@ -122,7 +122,7 @@ func (d *Disk) format(ctx context.Context) error {
 		var err error
 		switch p.Role {
 		case RoleBIOS:
-			_, err = l.dev.WriteAt(make([]byte, p.Size), 0)
+			err = zero(l.path, p.Size)
 		case RoleESP:
 			err = d.formatESP(ctx, p)
 		case RoleBoot:
@@ -137,6 +137,19 @@ func (d *Disk) format(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// zero overwrites the first bytes of a device.
+func zero(path string, size int64) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(make([]byte, size), 0)
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
 }
 
 func formatRoot(ctx context.Context, p Partition, dev string) error {

@@ -9,8 +9,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// loopMark is the name that loop devices of this package have for what they are over.
+const loopMark = "particle-disk"
+
 // A loop is a loop device over a part of a disk.
 type loop struct {
+	// dev keeps the device. It is open for reading only: kernels that forbid writing to
+	// mounted devices (CONFIG_BLK_DEV_WRITE_MOUNTED) mount none that is open for writing.
 	dev  *os.File
 	path string
 	info unix.LoopInfo64
@@ -38,16 +43,10 @@ func attachLoop(disk *os.File, offset, size int64, sector int) (*loop, error) {
 		cfg := unix.LoopConfig{Fd: uint32(disk.Fd()), Size: uint32(sector)}
 		cfg.Info.Flags = unix.LO_FLAGS_AUTOCLEAR | unix.LO_FLAGS_DIRECT_IO
 		cfg.Info.Offset, cfg.Info.Sizelimit = uint64(offset), uint64(size)
-		copy(cfg.Info.File_name[:len(cfg.Info.File_name)-1], disk.Name()) // for losetup(8)
+		copy(cfg.Info.File_name[:], loopMark) // losetup(8) takes the file's name from sysfs
 		err = unix.IoctlLoopConfigure(int(dev.Fd()), &cfg)
 		if err == nil {
-			l := &loop{dev: dev, path: dev.Name()}
-			info, err := unix.IoctlLoopGetStatus64(int(dev.Fd()))
-			if err != nil {
-				return nil, errors.Join(fmt.Errorf("asking for the state of %s: %w", l.path, err), l.close())
-			}
-			l.info = *info
-			return l, nil
+			return newLoop(dev)
 		}
 		dev.Close()
 		if !errors.Is(err, unix.EBUSY) {
@@ -55,6 +54,20 @@ func attachLoop(disk *os.File, offset, size int64, sector int) (*loop, error) {
 		}
 	}
 	return nil, errors.New("finding a free loop device: others took each one first")
+}
+
+// newLoop keeps a device that was just configured, which is open for writing.
+func newLoop(dev *os.File) (*loop, error) {
+	defer dev.Close()
+	info, err := unix.IoctlLoopGetStatus64(int(dev.Fd()))
+	if err != nil {
+		return nil, fmt.Errorf("asking for the state of %s: %w", dev.Name(), err)
+	}
+	ro, err := os.Open(dev.Name())
+	if err != nil {
+		return nil, fmt.Errorf("keeping %s: %w", dev.Name(), err)
+	}
+	return &loop{dev: ro, path: dev.Name(), info: *info}, nil
 }
 
 // close flushes and frees the device. It waits a moment for the kernel to let go of the
@@ -84,13 +97,13 @@ func loopInfo(path string) (*unix.LoopInfo64, error) {
 	return unix.IoctlLoopGetStatus64(int(f.Fd()))
 }
 
-// loopsOver returns the loop devices that are attached to a file or block device.
-func loopsOver(disk *unix.Stat_t) ([]string, error) {
+// loopsOver returns the loop devices that are attached to a file or block device, and
+// whether some are of this package.
+func loopsOver(disk *unix.Stat_t) (found []string, ours bool, err error) {
 	dirs, err := filepath.Glob("/sys/block/loop*/loop") // attached ones only
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	var found []string
 	for _, dir := range dirs {
 		path := filepath.Join("/dev", filepath.Base(filepath.Dir(dir)))
 		info, err := loopInfo(path)
@@ -100,7 +113,8 @@ func loopsOver(disk *unix.Stat_t) ([]string, error) {
 		if disk.Mode&unix.S_IFMT == unix.S_IFBLK && info.Rdevice == disk.Rdev ||
 			disk.Mode&unix.S_IFMT == unix.S_IFREG && info.Device == disk.Dev && info.Inode == disk.Ino {
 			found = append(found, path)
+			ours = ours || unix.ByteSliceToString(info.File_name[:]) == loopMark
 		}
 	}
-	return found, nil
+	return found, ours, nil
 }

@@ -42,7 +42,13 @@ func newMounts(key string) (*mounts, error) {
 	return m, nil
 }
 
-func (m *mounts) path(name string) string { return filepath.Join(m.base, name) }
+// path is "" when all is unmounted: better no path than one in the working directory.
+func (m *mounts) path(name string) string {
+	if m == nil || m.base == "" {
+		return ""
+	}
+	return filepath.Join(m.base, name)
+}
 
 // add mounts a file system in a directory of that name.
 func (m *mounts) add(name, source, kind string, flags uintptr, data string) error {

@@ -16,6 +16,7 @@ import (
 type target struct {
 	path   string
 	device bool
+	have   int64 // bytes; the length of a file before, 0 for one that is missing
 	size   int64 // bytes; what it will be
 	sector int
 
@@ -60,7 +61,8 @@ func openTarget(path string, o Options) (*target, error) {
 	case err != nil:
 		return nil, err
 	case fi.Mode().IsRegular():
-		if t.size, err = fileSize(fi.Size(), o); err != nil {
+		t.have = fi.Size()
+		if t.size, err = fileSize(t.have, o); err != nil {
 			return nil, err
 		}
 	case fi.Mode()&fs.ModeDevice != 0 && fi.Mode()&fs.ModeCharDevice == 0:
@@ -122,11 +124,13 @@ func (t *target) claim(ctx context.Context) (err error) {
 	if t.lock, err = os.Open(t.path); err != nil {
 		return err
 	}
-	// udev holds a shared lock while it probes (https://systemd.io/BLOCK_DEVICE_LOCKING).
-	if !settle(func() bool {
+	flock := func() bool {
 		err = unix.Flock(int(t.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		return !errors.Is(err, unix.EWOULDBLOCK) || ctx.Err() != nil
-	}) {
+	}
+	// udev holds a shared lock while it probes (https://systemd.io/BLOCK_DEVICE_LOCKING).
+	if !flock() && !(t.device && settle(flock)) {
+		t.created = false // by us, but it is another's now
 		return fmt.Errorf("%w: another program, perhaps an installation, has it locked", ErrBusy)
 	}
 	if ctx.Err() != nil {
@@ -140,16 +144,25 @@ func (t *target) claim(ctx context.Context) (err error) {
 		return err
 	}
 	t.key = keyOf(&st)
+	if !t.device {
+		if err := t.fill(); err != nil {
+			return err
+		}
+	}
 	if err := sweep(t.key); err != nil {
 		return err
 	}
-	var used []string
-	// A loop device that was just unmounted needs a moment.
-	if !settle(func() bool { used, err = uses(&st); return err != nil || len(used) == 0 }) {
-		return fmt.Errorf("%w: %s", ErrBusy, strings.Join(used, ", "))
-	}
+	// The kernel frees its loop devices, too, once the programs are gone that it ran.
+	settle(func() bool {
+		_, left, err := loopsOver(&st)
+		return !left || err != nil || ctx.Err() != nil
+	})
+	used, err := uses(&st)
 	if err != nil {
 		return err
+	}
+	if len(used) > 0 {
+		return fmt.Errorf("%w: %s", ErrBusy, strings.Join(used, ", "))
 	}
 	if t.device {
 		// The kernel knows of users in other namespaces, too, and keeps new ones away.
@@ -180,14 +193,28 @@ func (t *target) openFile() (err error) {
 	if err != nil {
 		return err
 	}
+	return nil
+}
+
+// fill gives an empty image file its length. With the lock held, it makes sure that the
+// file is still what it was.
+func (t *target) fill() error {
 	fi, err := t.f.Stat()
 	if err != nil {
 		return err
 	}
-	if fi.Size() == 0 {
-		if err := t.f.Truncate(t.size); err != nil {
-			return fmt.Errorf("giving it %s: %w", mibs(t.size), err)
-		}
+	locked, err := t.lock.Stat()
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(fi, locked) || fi.Size() != t.have {
+		return fmt.Errorf("%w: it changed just now", ErrBusy)
+	}
+	if t.have > 0 {
+		return nil
+	}
+	if err := t.f.Truncate(t.size); err != nil {
+		return fmt.Errorf("giving it %s: %w", mibs(t.size), err)
 	}
 	return nil
 }

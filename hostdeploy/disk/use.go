@@ -24,7 +24,7 @@ func majorMinor(dev uint64) string { return fmt.Sprintf("%d:%d", unix.Major(dev)
 // uses says what a disk and its partitions are used for, in words, as far as this process
 // can see.
 func uses(disk *unix.Stat_t) ([]string, error) {
-	loops, err := loopsOver(disk)
+	loops, _, err := loopsOver(disk)
 	if err != nil {
 		return nil, err
 	}
