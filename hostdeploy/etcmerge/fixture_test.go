@@ -12,8 +12,6 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/particle-os/particle/converter/fsverity"
 	"github.com/particle-os/particle/converter/tree"
 )
@@ -203,16 +201,6 @@ func (f *fixture) merge(o, n, l *tree.Node) (*Merge, *tree.Node) {
 	dst := f.path()
 	check(f, m.Write(context.Background(), dst))
 	return m, f.read(dst)
-}
-
-// setXattr skips the test where the file system has no such xattrs.
-func setXattr(t testing.TB, path, key string, value []byte) {
-	t.Helper()
-	if err := unix.Lsetxattr(path, key, value, 0); err == unix.ENOTSUP || err == unix.EPERM {
-		t.Skipf("the file system of %s cannot have xattr %q: %v", path, key, err)
-	} else {
-		check(t, err)
-	}
 }
 
 func needRoot(t testing.TB) {

@@ -231,7 +231,11 @@ func (m *merger) keep(p string, e, n, l *tree.Node, b beside) {
 		}
 		m.conflicts[b.conflict].Kept = etcPath(tree.Join(p, name))
 		if there == nil || !m.same(b.n, there) {
+			// Not a link to what is in force.
+			made := m.made
+			m.made = map[*tree.Node][]*tree.Node{}
 			e.Dir[name] = m.whole(tree.Join(p, name), b.n, false)
+			m.made = made
 		}
 		return
 	}

@@ -230,6 +230,7 @@ func TestLaws(t *testing.T) {
 
 // TestWriteRandom writes random merges and reads them back.
 func TestWriteRandom(t *testing.T) {
+	needRoot(t) // for directories that may not be entered
 	f := newFixture(t)
 	for seed := range uint64(20) {
 		g := &generator{rand.New(rand.NewPCG(seed, 2)), t, f.objects}

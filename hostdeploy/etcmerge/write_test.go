@@ -254,8 +254,80 @@ func TestWriteErrors(t *testing.T) {
 	if _, err := Plan(t.Context(), Input{nil, n, f.path(), f.objects}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no current directory: got %v, want ErrNotExist", err)
 	}
-	if err := Fresh(t.Context(), nil, f.objects, dst); err != nil {
-		t.Errorf("an image without /etc: %v", err)
+}
+
+// TestLinks has hard links that one side makes or breaks.
+func TestLinks(t *testing.T) {
+	f := newFixture(t)
+	for _, tt := range []struct {
+		name    string
+		o, n, l spec
+		want    [][]string // names of one file each
+	}{
+		{"linked here to a file of the image", spec{"/a": "1"}, spec{"/a": "1"}, spec{"/a": "1", "/b": "= /a"}, [][]string{{"a", "b"}}},
+		{"linked here, changed by the image", spec{"/a": "1"}, spec{"/a": "2"}, spec{"/a": "1", "/b": "= /a"}, [][]string{{"a"}, {"b"}}},
+		{"linked by the image", spec{"/a": "1", "/b": "1"}, spec{"/a": "1", "/b": "= /a"}, spec{"/a": "1", "/b": "1"}, [][]string{{"a", "b"}}},
+		{"broken by the image", spec{"/a": "1", "/b": "= /a"}, spec{"/a": "1", "/b": "2"}, spec{"/a": "1", "/b": "= /a"}, [][]string{{"a"}, {"b"}}},
+		{"changed here", spec{"/a": "1", "/b": "= /a", "/d/c": "= /a"}, spec{"/a": "1", "/b": "= /a", "/d/c": "= /a"}, spec{"/a": "2", "/b": "= /a", "/d/c": "= /a"}, [][]string{{"a", "b", "d/c"}}},
+		{"one of three changed here", spec{"/a": "1", "/b": "= /a", "/d/c": "= /a"}, spec{"/a": "2", "/b": "= /a", "/d/c": "= /a"}, spec{"/a": "1", "/b": "3", "/d/c": "= /a"},
+			[][]string{{"a", "d/c"}, {"b"}, {"b.dpkg-dist"}}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			f.TB = t
+			_, out := f.merge(tt.o.tree(t, f.objects), tt.n.tree(t, f.objects), tt.l.tree(t, f.objects))
+			seen := map[*tree.Node]int{}
+			var got [][]string
+			walk(out, func(p string, n *tree.Node) {
+				if n.IsDir() {
+					return
+				}
+				i, ok := seen[n]
+				if !ok {
+					i = len(got)
+					seen[n], got = i, append(got, nil)
+				}
+				got[i] = append(got[i], p[1:])
+			})
+			if fmt.Sprint(got) != fmt.Sprint(tt.want) {
+				t.Errorf("got %v, want %v", got, tt.want)
+			}
+		})
+	}
+}
+
+func TestFreshOfNothing(t *testing.T) {
+	needRoot(t)
+	f := newFixture(t)
+	dst := f.path()
+	check(t, Fresh(t.Context(), nil, f.objects, dst))
+	if got := f.read(dst); len(got.Dir) != 0 || got.Mode != tree.DefaultDirMode {
+		t.Errorf("got %+v", got)
+	}
+}
+
+// TestBeneath opens what is no file where one was.
+func TestBeneath(t *testing.T) {
+	f := newFixture(t)
+	dir := f.disk(spec{"/d/e/file": "1", "/fifo": "fifo", "/empty": "dir"}.tree(t, f.objects))
+	for name, target := range map[string]string{"link": "d/e/file", "out": "/etc/passwd", "dir": "d", "up": "..", "d/self": "."} {
+		check(t, os.Symlink(target, filepath.Join(dir, name)))
+	}
+	b, err := openBeneath(dir)
+	check(t, err)
+	defer b.close()
+	for range 2 { // the parent is remembered
+		r, err := b.open("/d/e/file")
+		check(t, err)
+		r.Close()
+	}
+	for _, p := range []string{"/link", "/out", "/dir/e/file", "/up/x", "/d/self/e/file", "/fifo", "/empty", "/none", "/none/x", "/d/e/file/x"} {
+		r, err := b.open(p)
+		if !errors.Is(err, ErrChanged) {
+			t.Errorf("open %s: got %v, want ErrChanged", p, err)
+		}
+		if err == nil {
+			r.Close()
+		}
 	}
 }
 
