@@ -545,6 +545,114 @@ func snapshot(t *testing.T, h *Host) string {
 	return strings.Join(names, "\n")
 }
 
+func TestStatus(t *testing.T) {
+	h, _ := newHost(t)
+	first := h.Booted
+	if err := os.WriteFile(filepath.Join(h.stateDir(first), "etc/added"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Pin("booted", true); err != nil {
+		t.Fatal(err)
+	}
+	upgrade(t, h, system(t, "two"))
+	s, err := h.Status(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(s.Deployments) != 2 || s.Deployments[0].Kept != "boots next" || s.Deployments[1].Kept != "booted" {
+		t.Errorf("deployments: %+v", s.Deployments)
+	}
+	// fstab got the machine's lines at the installation.
+	var changes []string
+	for _, c := range s.EtcChanges {
+		changes = append(changes, string(c.Kind)+" "+c.Path)
+	}
+	if want := "added /etc/added, modified /etc/fstab"; strings.Join(changes, ", ") != want {
+		t.Errorf("changes of /etc: %q, want %q", changes, want)
+	}
+	if s.Loader != "memory" || s.Fallback == "" || s.BootSize <= 0 {
+		t.Errorf("%+v", s)
+	}
+	for name, want := range map[string]string{
+		first: first, first[:4]: first, "booted": first, "default": s.Deployments[0].ID, "rollback": s.Deployments[0].ID,
+		"zzzz": "", first[:2]: "", "staged": "",
+	} {
+		all, err := h.Deployments()
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := find(all, name)
+		if want == "" && !errors.Is(err, ErrNoDeployment) || want != "" && (err != nil || d.ID != want) {
+			t.Errorf("find(%q): got %v, %v", name, d, err)
+		}
+	}
+}
+
+func TestSoftReboot(t *testing.T) {
+	h, _ := newHost(t)
+	plan := func(files map[string]string, edits ...Edit) *Plan {
+		p, err := NewPlan(ctx, h, Request{Manifest: put(t, h.Store, files), Base: h.Booted, Edits: edits}, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	if err := h.CanSoftReboot(plan(system(t, "two"))); err != nil {
+		t.Errorf("the same kernel: %v", err)
+	}
+	other := system(t, "two")
+	other["boot/vmlinuz-1"] = "another kernel"
+	if err := h.CanSoftReboot(plan(other)); !errors.Is(err, ErrReboot) {
+		t.Errorf("another kernel: got %v, want ErrReboot", err)
+	}
+	if err := h.CanSoftReboot(plan(system(t, "two"), Edit{Append: Args{"debug"}})); !errors.Is(err, ErrReboot) {
+		t.Errorf("another argument: got %v, want ErrReboot", err)
+	}
+}
+
+// TestReset: /etc and /var are those of the image again, but for the machine's fstab.
+func TestReset(t *testing.T) {
+	h, _ := newHost(t)
+	old := h.stateDir(h.Booted)
+	for _, name := range []string{"etc/conf", "var/lib/state"} {
+		if err := os.WriteFile(filepath.Join(old, name), []byte("mine\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all, err := h.Deployments()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := NewPlan(ctx, h, Request{Manifest: all[0].Manifest, Base: h.Booted, FreshEtc: true, FreshVar: true, NoUserArgs: true}, true)
+	if err == nil {
+		err = p.Apply(ctx, nil)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Finalize(ctx, nil); err != nil {
+		t.Fatal(err)
+	}
+	state := h.stateDir(p.ID)
+	wantFile(t, filepath.Join(state, "etc/conf"), "default of one\n")
+	wantFile(t, filepath.Join(state, "etc/fstab"), "# none\nUUID=2 /boot ext4 defaults 0 2\n")
+	wantFile(t, filepath.Join(state, "var/lib/state"), "made by one\n")
+	wantFile(t, filepath.Join(old, "var/lib/state"), "mine\n")
+	wantSound(t, h)
+	// Its own /var goes with it.
+	h.Booted = all[0].ID
+	if _, err := h.Rollback(all[0].ID); err != nil {
+		t.Fatal(err)
+	}
+	upgrade(t, h, system(t, "two"))
+	if _, err := h.Prune(false); err != nil {
+		t.Fatal(err)
+	}
+	if left := snapshot(t, h); strings.Contains(left, p.ID) {
+		t.Errorf("something of %s is left:\n%s", p.ID, left)
+	}
+}
+
 // TestInterrupted stops a deployment before each of its steps, as a signal or an error
 // would: the host stays as it is, and the next run succeeds and leaves nothing over.
 func TestInterrupted(t *testing.T) {

@@ -230,6 +230,10 @@ func (p *Plan) settle(all []*Deployment) error {
 // tag is the name by which the store keeps a deployment's image.
 func tag(id string) string { return "localhost/particle-" + id }
 
+// DeploymentOf returns the id of the deployment that an image's name in the store is
+// for, and whether it is such a name.
+func DeploymentOf(name string) (id string, ok bool) { return cutRef(name, tag("")) }
+
 // imageRef is the name by which it keeps the composefs image that is booted.
 func imageRef(id string) string { return "particle/" + id }
 

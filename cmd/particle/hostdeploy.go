@@ -69,6 +69,7 @@ func deployFlags() []cli.Flag {
 		&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "fetch the image, then print what would be done and do nothing"},
 		&cli.BoolFlag{Name: "now", Usage: "do not stage: write the boot entry at once, /etc as it is now"},
 		&cli.BoolFlag{Name: "reboot", Usage: "reboot into it when all is done"},
+		&cli.BoolFlag{Name: "soft-reboot", Usage: "restart only user space into it, at once; refused where the kernel differs"},
 		&cli.StringFlag{Name: "kernel", Usage: "boot this `VERSION` of the image's kernels (default: the newest)"},
 		&cli.BoolFlag{Name: "fresh-var", Usage: "give it a /var of its own, made from the image"},
 		&cli.BoolFlag{Name: "force", Usage: "deploy an image that lacks an initramfs, or Particle's part of it"},
@@ -171,7 +172,8 @@ type deployed struct {
 func deploy(t *term, c *cli.Context, h *hostdeploy.Host, req hostdeploy.Request, p *phases, unchanged string) error {
 	req.Kernel, req.FreshVar = c.String("kernel"), req.FreshVar || c.Bool("fresh-var")
 	req.Force, req.Insecure = c.Bool("force"), c.Bool("allow-missing-verity")
-	stage := !c.Bool("now")
+	soft := c.Bool("soft-reboot")
+	stage := !c.Bool("now") && !soft
 	start := time.Now()
 	plan, err := hostdeploy.NewPlan(c.Context, h, req, stage)
 	if err != nil {
@@ -199,6 +201,11 @@ func deploy(t *term, c *cli.Context, h *hostdeploy.Host, req hostdeploy.Request,
 			return nil
 		}
 	default:
+		if soft {
+			if err := h.CanSoftReboot(plan); err != nil {
+				return err
+			}
+		}
 		if err := plan.Apply(c.Context, p.step); err != nil {
 			return err
 		}
@@ -208,10 +215,19 @@ func deploy(t *term, c *cli.Context, h *hostdeploy.Host, req hostdeploy.Request,
 	} else {
 		printDeployed(t, plan, stage)
 	}
-	if err == nil && c.Bool("reboot") && !res.Same && !res.DryRun {
-		err = systemctl(c.Context, "reboot")
+	if err != nil || res.Same || res.DryRun {
+		return err
 	}
-	return err
+	switch {
+	case soft:
+		if err := h.PrepareSoftReboot(c.Context, plan); err != nil {
+			return err
+		}
+		return systemctl(c.Context, "soft-reboot")
+	case c.Bool("reboot"):
+		return systemctl(c.Context, "reboot")
+	}
+	return nil
 }
 
 func printPlan(t *term, p *hostdeploy.Plan) {

@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -10,6 +11,8 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/particle-os/particle/converter"
+	"github.com/particle-os/particle/converter/store"
+	"github.com/particle-os/particle/hostdeploy"
 )
 
 func newImagesCommand(t *term) *cli.Command {
@@ -133,6 +136,9 @@ func newRmCommand(t *term) *cli.Command {
 				return err
 			}
 			for _, name := range c.Args().Slice() {
+				if err := notDeployed(st, name); err != nil {
+					return err
+				}
 				removed, err := converter.Remove(st, name)
 				if err != nil {
 					return fmt.Errorf("removing %s: %w", name, err)
@@ -151,4 +157,19 @@ func newRmCommand(t *term) *cli.Command {
 			return nil
 		},
 	}
+}
+
+// notDeployed refuses to take away the names by which a host keeps what it boots.
+func notDeployed(st *store.Store, name string) error {
+	s, err := converter.Find(st, name)
+	if err != nil {
+		return nil // removing says what is wrong
+	}
+	for _, n := range s.Names {
+		// By a tag only that name goes, by a digest all of them.
+		if id, ok := hostdeploy.DeploymentOf(n); ok && (n == name || !slices.Contains(s.Names, name)) {
+			return fmt.Errorf("removing %s: %w: %s; particle hostdeploy gc removes it once it is not needed", name, hostdeploy.ErrInUse, hostdeploy.ShortID(id))
+		}
+	}
+	return nil
 }
