@@ -10,6 +10,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -185,6 +186,30 @@ func TestOwner(t *testing.T) {
 	if err != nil || !slices.Equal(sums, want) {
 		t.Errorf("MD5Sums: got %v, %v; want %v", sums, err, want)
 	}
+}
+
+// TestSideBySide asks from several goroutines, for the race detector.
+func TestSideBySide(t *testing.T) {
+	d, err := Read(usrmerged(), none{})
+	check(t, err)
+	var wg sync.WaitGroup
+	for i := range 4 {
+		wg.Go(func() {
+			for range 20 {
+				if owners, err := d.Owner("/usr/bin/sh"); err != nil || len(owners) != 1 {
+					t.Errorf("Owner: got %v, %v", owners, err)
+				}
+				p := &d.Packages[i%len(d.Packages)]
+				if _, err := d.Files(p); err != nil {
+					t.Error(err)
+				}
+				if _, err := d.Changelog(p); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
 }
 
 func TestListErrors(t *testing.T) {

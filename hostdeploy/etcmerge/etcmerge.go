@@ -8,7 +8,9 @@
 // both sides changed differently the local version stays in force, the image's is kept
 // beside it with the name that dpkg(1) would give it, "….dpkg-dist", which run-parts(8)
 // and most readers of configuration directories leave alone, and a [Conflict] says so.
-// No content that exists locally only is ever lost, whatever changes its type.
+// No content that exists locally only is ever lost, whatever changes its type. What the
+// image adds to a directory that was removed locally is added, as dpkg does with a new
+// configuration file; what was in it before stays removed.
 //
 // passwd, group, shadow, gshadow, subuid and subgid merge line by line, so that a local
 // user and a system user of the new image are both there (passwd(5), group(5),

@@ -35,7 +35,7 @@ type merger struct {
 // current is the directory that l was read from.
 func merge(s *sums, current string, o, n, l *tree.Node) (*result, error) {
 	m := &merger{sums: s, current: current, made: map[*tree.Node][]*tree.Node{}}
-	m.local = map[*tree.Node]string{}
+	m.local, m.conflicts = map[*tree.Node]string{}, []Conflict{}
 	m.links = (&tree.Tree{Root: l}).Links()
 	if o == nil {
 		o = &tree.Node{Stat: l.Stat} // what /etc itself is, is nobody's change

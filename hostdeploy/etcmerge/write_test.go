@@ -190,6 +190,15 @@ func TestJSON(t *testing.T) {
 	if string(got) != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
+	m, _ = f.merge(spec{}.tree(t, f.objects), nil, spec{}.tree(t, f.objects))
+	if got, err := json.Marshal(m); err != nil || string(got) != `{"conflicts":[],"local":[],"image":[]}` {
+		t.Errorf("nothing: got %s, %v", got, err)
+	}
+}
+
+func TestSummary(t *testing.T) {
+	f := newFixture(t)
+	m, _ := f.merge(spec{"/a": "1", "/b": "1"}.tree(t, f.objects), spec{"/a": "2", "/b": "2"}.tree(t, f.objects), spec{"/a": "3", "/b": "1"}.tree(t, f.objects))
 	if got, want := m.Summary(), "2 changes by the image, 1 local kept, 1 conflict"; got != want {
 		t.Errorf("Summary: got %q, want %q", got, want)
 	}
