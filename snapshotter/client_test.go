@@ -25,6 +25,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	"github.com/opencontainers/image-spec/specs-go"
@@ -287,4 +288,9 @@ func (o old) Prepare(ctx context.Context, key, parent string, opts ...snapshots.
 		return nil
 	})
 	return o.Snapshotter.Prepare(ctx, key, parent, opts...)
+}
+
+// Blob opens a blob for the converter.
+func (i *image) Blob(_ context.Context, desc v1.Descriptor) (io.ReadCloser, error) {
+	return io.NopCloser(bytes.NewReader(i.blobs[digest.Digest(desc.Digest.String())])), nil
 }

@@ -105,7 +105,7 @@ func toContainer(ranges []idRange, id uint32) (uint32, bool) {
 func (m *idMap) unmap(t *tree.Tree) (kept int) {
 	done := map[*tree.Node]bool{}
 	_ = t.Walk(func(_ string, n *tree.Node) error {
-		if done[n] {
+		if done[n] || n.IsWhiteout() {
 			return nil
 		}
 		done[n] = true

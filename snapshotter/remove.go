@@ -57,8 +57,12 @@ func (s *Snapshotter) remove(ctx context.Context, key string) error {
 // while it ran, say) keeps it until the next Cleanup after its end.
 func (s *Snapshotter) discard(id string) {
 	used, err := upperInUse(s.upper(id))
-	if err != nil || used {
-		s.log.Warn("keeping an upper directory that is in use", "dir", s.upper(id), "error", err)
+	if err != nil {
+		s.log.Warn("removing a snapshot's directories", "dir", s.dir(id), "error", err)
+		return
+	}
+	if used {
+		s.log.Info("keeping an upper directory while it is mounted", "dir", s.upper(id))
 		return
 	}
 	trash, err := os.MkdirTemp(filepath.Join(s.root, "snapshots"), "rm-")

@@ -169,7 +169,7 @@ func New(ctx context.Context, o Options) (_ *Snapshotter, err error) {
 		return nil, fmt.Errorf("opening the snapshotter in %q: %w", s.root, err)
 	}
 	s.meta, err = storage.NewMetaStore(filepath.Join(s.root, "metadata.db"), func(o *bolt.Options) error {
-		o.Timeout = 10 * time.Second
+		o.Timeout = 5 * time.Second
 		return nil
 	})
 	if err != nil {
