@@ -103,7 +103,7 @@ func (s *sums) add(root *tree.Node) error {
 		}
 		r, err := open(s.objects, n.File)
 		if err != nil {
-			return fmt.Errorf("reading %q: %w", etcPath(p), err)
+			return fmt.Errorf("%q: %w", p[1:], err)
 		}
 		defer r.Close()
 		d, size, err := fsverity.Read(s.alg, r)
@@ -111,7 +111,7 @@ func (s *sums) add(root *tree.Node) error {
 			err = fmt.Errorf("%w: got %d bytes, want %d", ErrContent, size, n.File.Size)
 		}
 		if err != nil {
-			return fmt.Errorf("reading %q: %w", etcPath(p), err)
+			return fmt.Errorf("%q: %w", p[1:], err)
 		}
 		s.of[n.File] = d
 		return nil

@@ -1,6 +1,7 @@
 package etcmerge
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -103,12 +104,13 @@ func moved(p string, a, b *tree.Node) []string {
 }
 
 // Fresh writes an image's /etc to dst, a directory that must not be there (ErrExists), as
-// Merge.Write does: for a first installation.
+// Merge.Write does: for a first installation. It does for /var as well, which has a
+// stamp of the same name.
 func Fresh(ctx context.Context, image *tree.Node, objects Opener, dst string) error {
 	s := newSums(objects, image)
 	root, err := s.image(image)
 	if err != nil {
-		return fmt.Errorf("reading the image's /etc: %w", err)
+		return fmt.Errorf("reading what to write to %q: %w", dst, err)
 	}
 	if root == nil {
 		root = tree.NewImplied()
@@ -130,7 +132,7 @@ type writer struct {
 
 // tree writes and makes durable; after an error nothing is left.
 func (w *writer) tree(ctx context.Context, root *tree.Node, dst string) (err error) {
-	fail := func(err error) error { return fmt.Errorf("writing /etc to %q: %w", dst, err) }
+	fail := func(err error) error { return fmt.Errorf("writing %q: %w", dst, err) }
 	// Nobody else looks in before all owners and modes are right.
 	if err := os.Mkdir(dst, 0o700); errors.Is(err, fs.ErrExist) {
 		return fail(fmt.Errorf("%w; remove what an earlier run left", ErrExists))
@@ -189,13 +191,13 @@ func (w *writer) dir(ctx context.Context, p string, n *tree.Node) error {
 		err = setStat(dirfd, name, n)
 	}
 	if err != nil {
-		return fmt.Errorf("%q: %w", etcPath(p), err)
+		return fmt.Errorf("%q: %w", cmp.Or(p[1:], "."), err)
 	}
 	return nil
 }
 
 func (w *writer) node(ctx context.Context, p string, n *tree.Node) error {
-	fail := func(err error) error { return fmt.Errorf("%q: %w", etcPath(p), err) }
+	fail := func(err error) error { return fmt.Errorf("%q: %w", p[1:], err) }
 	dirfd, name, err := w.dst.parent(p)
 	if err != nil {
 		return fail(err)
@@ -208,7 +210,7 @@ func (w *writer) node(ctx context.Context, p string, n *tree.Node) error {
 	}
 	if first, ok := w.links[n]; ok {
 		if err := w.link(first, dirfd, name); err != nil {
-			return fail(fmt.Errorf("linking it to %q: %w", etcPath(first), err))
+			return fail(fmt.Errorf("linking it to %q: %w", first[1:], err))
 		}
 		return nil
 	}
