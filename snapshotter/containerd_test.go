@@ -1,0 +1,461 @@
+package snapshotter_test
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	gcr "github.com/google/go-containerregistry/pkg/registry"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/particle-os/particle/converter"
+	"github.com/particle-os/particle/converter/store"
+	"github.com/particle-os/particle/snapshotter"
+)
+
+// A realDaemon is a containerd that runs on directories of a test, with our snapshotter
+// as proxy plugin.
+type realDaemon struct {
+	t       testing.TB
+	dir     string
+	socket  string
+	version string
+	cmd     *exec.Cmd
+	log     *bytes.Buffer
+}
+
+// startContainerd starts containerd, or skips the test where it is missing. The
+// snapshotter must be served at plugin.
+func startContainerd(t testing.TB, dir, plugin string) *realDaemon {
+	t.Helper()
+	for prog, pkg := range map[string]string{"containerd": "containerd", "ctr": "containerd", "runc": "runc"} {
+		if _, err := exec.LookPath(prog); err != nil {
+			t.Skipf("%v: install the package %s", err, pkg)
+		}
+	}
+	out, err := exec.Command("containerd", "--version").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &realDaemon{t: t, dir: dir, socket: filepath.Join(dir, "containerd.sock"), log: &bytes.Buffer{}}
+	if f := strings.Fields(string(out)); len(f) > 2 {
+		d.version = strings.TrimPrefix(f[2], "v")
+	}
+	config := fmt.Sprintf(`version = 2
+root = %q
+state = %q
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+[grpc]
+  address = %q
+[proxy_plugins.particle]
+  type = "snapshot"
+  address = %q
+`, filepath.Join(dir, "croot"), filepath.Join(dir, "cstate"), d.socket, plugin)
+	if !d.is16() {
+		config += fmt.Sprintf("  capabilities = [\"rebase\"]\n[proxy_plugins.particle-diff]\n  type = \"diff\"\n  address = %q\n"+
+			"[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"particle-diff\", \"walking\"]\n", plugin)
+	}
+	path := filepath.Join(dir, "config.toml")
+	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d.cmd = exec.Command("containerd", "--config", path)
+	d.cmd.Stdout, d.cmd.Stderr = d.log, d.log
+	if err := d.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(d.stop)
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		if _, err := d.tryCtr("version"); err == nil {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("containerd does not answer:\n%s", d.log)
+		}
+	}
+	return d
+}
+
+// is16 reports whether this is a release without proxies of differs.
+func (d *realDaemon) is16() bool { return strings.HasPrefix(d.version, "1.6.") }
+
+func (d *realDaemon) stop() {
+	if d.cmd.ProcessState != nil {
+		return
+	}
+	d.cmd.Process.Signal(syscall.SIGTERM)
+	done := time.AfterFunc(20*time.Second, func() { d.cmd.Process.Kill() })
+	d.cmd.Wait()
+	done.Stop()
+	if d.t.Failed() {
+		d.t.Logf("containerd's log:\n%s", d.log)
+	}
+}
+
+func (d *realDaemon) tryCtr(args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, "ctr", append([]string{"--address", d.socket, "--namespace", "test"}, args...)...).CombinedOutput()
+	return string(out), err
+}
+
+func (d *realDaemon) ctr(args ...string) string {
+	d.t.Helper()
+	out, err := d.tryCtr(args...)
+	if err != nil {
+		d.t.Fatalf("ctr %q: %v\n%s", args, err, out)
+	}
+	return out
+}
+
+// buildTool compiles a static program that prints the files it is told and can write.
+func buildTool(t testing.TB) []byte {
+	t.Helper()
+	dir := t.TempDir()
+	src := `package main
+
+import (
+	"fmt"
+	"os"
+)
+
+func main() {
+	for i := 2; i < len(os.Args); i++ {
+		var err error
+		switch os.Args[1] {
+		case "cat":
+			var b []byte
+			b, err = os.ReadFile(os.Args[i])
+			fmt.Printf("%d:%.20s\n", len(b), b)
+		case "write":
+			err = os.WriteFile(os.Args[i], []byte("written"), 0o600)
+		case "rm":
+			err = os.RemoveAll(os.Args[i])
+		case "wait":
+			_, err = os.Stdin.Read(make([]byte, 1))
+		}
+		if err != nil {
+			fmt.Println(err)
+		}
+	}
+}
+`
+	if err := os.WriteFile(filepath.Join(dir, "main.go"), []byte(src), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("go", "build", "-o", filepath.Join(dir, "tool"), filepath.Join(dir, "main.go"))
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Skipf("building a program for the container: %v\n%s", err, out)
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "tool"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// runnable is testImage with a program in it.
+func runnable(t testing.TB) *image {
+	tool := string(buildTool(t))
+	i := testImage(t)
+	layers := [][]byte{tarOf(t, f("tool", tool, 0o755), d("proc", 0o555), d("dev", 0o755), d("sys", 0o555), d("run", 0o755), d("tmp", 0o1777))}
+	for _, l := range i.layers {
+		layers = append(layers, gunzip(t, i.blobs[l.Digest]))
+	}
+	return newImage(t, layers...)
+}
+
+// archive writes an image as an OCI archive.
+func (i *image) archive(t testing.TB, path, name string) {
+	t.Helper()
+	var buf bytes.Buffer
+	w := tar.NewWriter(&buf)
+	add := func(name string, b []byte) {
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: int64(len(b))}); err != nil {
+			t.Fatal(err)
+		}
+		w.Write(b)
+	}
+	m := i.manifest
+	m.Annotations = map[string]string{"io.containerd.image.name": name}
+	index, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{m}, Versioned: specs.Versioned{SchemaVersion: 2}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	add("oci-layout", []byte(`{"imageLayoutVersion":"1.0.0"}`))
+	add("index.json", index)
+	for d, b := range i.blobs {
+		add("blobs/sha256/"+d.Encoded(), b)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, buf.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// push uploads an image to a registry.
+func (i *image) push(t testing.TB, url, repo string) {
+	t.Helper()
+	send := func(method, path, mediaType string, b []byte) {
+		req, err := http.NewRequest(method, url+"/v2/"+repo+path, bytes.NewReader(b))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Content-Type", mediaType)
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusCreated {
+			t.Fatalf("%s %s: %s", method, path, resp.Status)
+		}
+	}
+	for d, b := range i.blobs {
+		if d != i.manifest.Digest {
+			send("POST", "/blobs/uploads/?digest="+d.String(), "application/octet-stream", b)
+		}
+	}
+	send("PUT", "/manifests/1", i.manifest.MediaType, i.blobs[i.manifest.Digest])
+}
+
+// A loggedRegistry counts what is fetched.
+type loggedRegistry struct {
+	*httptest.Server
+	mu   sync.Mutex
+	gets []string // digests of blobs
+}
+
+func newRegistry(t testing.TB) *loggedRegistry {
+	r := &loggedRegistry{}
+	h := gcr.New(gcr.Logger(log.New(io.Discard, "", 0)))
+	r.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		if _, digest, ok := strings.Cut(req.URL.Path, "/blobs/"); ok && req.Method == http.MethodGet {
+			r.mu.Lock()
+			r.gets = append(r.gets, digest)
+			r.mu.Unlock()
+		}
+		h.ServeHTTP(w, req)
+	}))
+	t.Cleanup(r.Close)
+	return r
+}
+
+// layersGot returns how many layers of an image were fetched.
+func (r *loggedRegistry) layersGot(i *image) (n int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, l := range i.layers {
+		for _, got := range r.gets {
+			if got == l.Digest.String() {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+// plugin serves a snapshotter to a containerd that runs on dir.
+func plugin(t testing.TB, dir string, o snapshotter.Options) (*env, string) {
+	t.Helper()
+	e := mustOpen(t, dir, o)
+	socket := filepath.Join(dir, "particle.sock")
+	_, stop, err := serve(e, socket, filepath.Join(dir, "containerd.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	return e, socket
+}
+
+// TestContainerd imports, runs, commits, exports and removes with the containerd of
+// this machine.
+func TestContainerd(t *testing.T) {
+	requireMounts(t)
+	dir := t.TempDir()
+	e, socket := plugin(t, dir, snapshotter.Options{})
+	d := startContainerd(t, dir, socket)
+	t.Logf("containerd %s", d.version)
+	i := runnable(t)
+	const name = "example.com/test:1"
+	i.archive(t, filepath.Join(dir, "image.tar"), name)
+
+	d.ctr("images", "import", "--snapshotter", "particle", filepath.Join(dir, "image.tar"))
+	run := func(id string, args ...string) string {
+		t.Helper()
+		return d.ctr(append([]string{"run", "--rm", "--snapshotter", "particle", "--net-host", name, id}, args...)...)
+	}
+	got := run("c1", "/tool", "cat", "/etc/passwd", "/etc/shadow", "/dir/a", "/dir/new", "/var/lib/y", "/bin/again")
+	want := "8:changed\n\n0:\nopen /etc/shadow: no such file or directory\n0:\nopen /dir/a: no such file or directory\n3:new\n" +
+		fmt.Sprintf("%d:%.20s\n%d:%.20s\n", len(big)+1, big, len(big)+4, big)
+	if got != want {
+		t.Errorf("the container prints %q, want %q", got, want)
+	}
+
+	// A container that stays changes something; its snapshot is committed and run.
+	d.ctr("containers", "create", "--snapshotter", "particle", "--net-host", name, "c2", "/tool", "write", "/dir/written")
+	if out, err := d.tryCtr("tasks", "start", "c2"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	d.tryCtr("tasks", "rm", "c2")
+	d.ctr("snapshots", "--snapshotter", "particle", "commit", "committed", "c2")
+	d.ctr("snapshots", "--snapshotter", "particle", "view", "look", "committed")
+	view := d.ctr("snapshots", "--snapshotter", "particle", "mounts", t.TempDir(), "look")
+	if !strings.Contains(view, filepath.Join(e.root, "mounts")) {
+		t.Errorf("the mounts are %q", view)
+	}
+	info := d.ctr("snapshots", "--snapshotter", "particle", "info", "look")
+	if !strings.Contains(info, snapshotter.LabelVerification) {
+		t.Errorf("no verification in %s", info)
+	}
+	written := false
+	for _, m := range mountsBelow(t, dir) {
+		if b, err := os.ReadFile(filepath.Join(m, "dir/written")); err == nil && string(b) == "written" {
+			written = true
+		}
+	}
+	if !written {
+		t.Error("the committed snapshot lacks what the container wrote")
+	}
+	d.ctr("snapshots", "--snapshotter", "particle", "rm", "look")
+	d.ctr("snapshots", "--snapshotter", "particle", "rm", "committed")
+	d.ctr("containers", "rm", "c2")
+
+	d.ctr("images", "export", filepath.Join(dir, "export.tar"), name)
+	if fi, err := os.Stat(filepath.Join(dir, "export.tar")); err != nil || fi.Size() < 1<<20 {
+		t.Errorf("exported: %v, %v", fi, err)
+	}
+	d.ctr("images", "rm", "--sync", name)
+	if out := d.ctr("snapshots", "--snapshotter", "particle", "ls"); strings.Count(out, "\n") != 1 {
+		t.Errorf("snapshots are left: %s", out)
+	}
+	d.stop()
+	if err := e.Cleanup(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	e.nothingLeft(t)
+}
+
+// TestContainerdPull pulls with the containerd of this machine: an image of 100 layers,
+// and one whose layers the store has, of which nothing may be fetched.
+func TestContainerdPull(t *testing.T) {
+	requireMounts(t)
+	dir := t.TempDir()
+	e, socket := plugin(t, dir, snapshotter.Options{})
+	d := startContainerd(t, dir, socket)
+	reg := newRegistry(t)
+	host := strings.TrimPrefix(reg.URL, "http://")
+	client, err := containerd.New(d.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	ctx := namespaces.WithNamespace(t.Context(), "test")
+	pull := func(ref string) containerd.Image {
+		t.Helper()
+		img, err := client.Pull(ctx, ref, containerd.WithPullUnpack, containerd.WithPullSnapshotter("particle"),
+			containerd.WithResolver(docker.NewResolver(docker.ResolverOptions{PlainHTTP: true})))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return img
+	}
+
+	hundred := manyLayers(t, 100)
+	hundred.push(t, reg.URL, "hundred")
+	began := time.Now()
+	pull(host + "/hundred:1")
+	t.Logf("100 layers took %v", time.Since(began))
+	if n := reg.layersGot(hundred); n != 100 {
+		t.Errorf("%d layers were fetched, want 100", n)
+	}
+	sn := client.SnapshotService("particle")
+	mounts, err := sn.Prepare(ctx, "hundred", hundred.chains()[99].String(),
+		snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "test"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	mounted(t, mounts, func(root string) {
+		names, err := os.ReadDir(filepath.Join(root, "all"))
+		if err != nil || len(names) != 2 {
+			t.Errorf("got %v, %v, want two files", names, err)
+		}
+		if b, err := os.ReadFile(filepath.Join(root, "last")); err != nil || string(b) != "99" {
+			t.Errorf("last has %q: %v", b, err)
+		}
+	})
+
+	i := runnable(t)
+	i.push(t, reg.URL, "present")
+	if _, err := converter.Convert(ctx, i, e.store, converter.Options{Name: "the host's image"}); err != nil {
+		t.Fatal(err)
+	}
+	ref := host + "/present:1"
+	pull(ref)
+	if n := reg.layersGot(i); n != 0 {
+		t.Errorf("%d layers were fetched of an image whose layers are in the store", n)
+	}
+	out := d.ctr("run", "--rm", "--snapshotter", "particle", "--net-host", ref, "c1", "/tool", "cat", "/dir/new")
+	if out != "3:new\n" {
+		t.Errorf("the container prints %q", out)
+	}
+
+	if err := sn.Remove(ctx, "hundred"); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{ref, host + "/hundred:1"} {
+		d.ctr("images", "rm", "--sync", name)
+	}
+	left := 0
+	if err := e.Walk(ctx, func(_ context.Context, info snapshots.Info) error { left++; return nil }); err != nil || left > 0 {
+		t.Errorf("%d snapshots are left, %v", left, err)
+	}
+	if _, err := converter.Remove(e.store, "the host's image"); err != nil {
+		t.Fatal(err)
+	}
+	d.stop()
+	if _, err := converter.GC(ctx, e.store, store.GCOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	e.nothingLeft(t)
+}
+
+func gunzip(t testing.TB, b []byte) []byte {
+	t.Helper()
+	r, err := gzip.NewReader(bytes.NewReader(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain, err := io.ReadAll(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return plain
+}
