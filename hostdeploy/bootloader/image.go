@@ -64,39 +64,52 @@ type bind struct{ from, to string }
 // run executes a program of the image, in the image, and returns what it prints. It needs
 // root. The binds are mounted in a mount namespace of the program's own, so nothing of
 // them is left whatever happens.
-func run(ctx context.Context, root string, binds []bind, args ...string) ([]byte, error) {
-	type result struct {
-		out []byte
-		err error
+func run(ctx context.Context, root string, binds []bind, args ...string) (out []byte, err error) {
+	if len(binds) == 0 {
+		return runHere(ctx, root, args)
 	}
-	done := make(chan result)
+	done := make(chan struct{})
 	go func() {
-		if len(binds) > 0 {
-			// The thread has another view of the file systems from here on: it is never
-			// given back, so it ends with this function.
-			runtime.LockOSThread()
-		}
-		out, err := runHere(ctx, root, binds, args)
-		done <- result{out, err}
+		defer close(done)
+		// The thread shares no working directory with the others from here on: it is never
+		// given back, so it ends with this function.
+		runtime.LockOSThread()
+		err = inNamespace(func() error {
+			for _, b := range binds {
+				if err := unix.Mount(b.from, filepath.Join(root, b.to), "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+					return fmt.Errorf("showing %q in the image as %q: %w", b.from, b.to, err)
+				}
+			}
+			out, err = runHere(ctx, root, args)
+			return err
+		})
 	}()
-	r := <-done
-	return r.out, r.err
+	<-done
+	return out, err
 }
 
-func runHere(ctx context.Context, root string, binds []bind, args []string) ([]byte, error) {
-	if len(binds) > 0 {
-		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-			return nil, fmt.Errorf("making a mount namespace: %w", err)
-		}
-		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-			return nil, fmt.Errorf("making a mount namespace: %w", err)
-		}
+// inNamespace calls f in a mount namespace of its own, on a locked thread, and goes back.
+// Going back ends the namespace now rather than when the thread does: until then it would
+// keep each file system mounted that is in it, and unmounting one would come to nothing.
+func inNamespace(f func() error) error {
+	home, err := os.Open(fmt.Sprintf("/proc/self/task/%d/ns/mnt", unix.Gettid()))
+	if err != nil {
+		return fmt.Errorf("making a mount namespace: %w", err)
 	}
-	for _, b := range binds {
-		if err := unix.Mount(b.from, filepath.Join(root, b.to), "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
-			return nil, fmt.Errorf("showing %q in the image as %q: %w", b.from, b.to, err)
-		}
+	defer home.Close()
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("making a mount namespace: %w", err)
 	}
+	if err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err == nil {
+		err = f()
+	}
+	if serr := unix.Setns(int(home.Fd()), unix.CLONE_NEWNS); err == nil && serr != nil {
+		err = fmt.Errorf("leaving a mount namespace: %w", serr)
+	}
+	return err
+}
+
+func runHere(ctx context.Context, root string, args []string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Dir = "/"
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8"}

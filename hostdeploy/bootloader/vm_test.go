@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/cavaliergopher/cpio"
+	"golang.org/x/sys/unix"
 )
 
 // The loaders themselves are the judges here: each is installed on a tiny disk with two
@@ -213,7 +214,7 @@ func copyAt(t *testing.T, from string, fromOff int64, to string, toOff, size int
 		t.Fatal(err)
 	}
 	defer in.Close()
-	out, err := os.OpenFile(to, os.O_WRONLY, 0)
+	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE, 0o644)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -358,3 +359,101 @@ func TestBootSystemdBoot(t *testing.T) { bootTwice(t, "systemd-boot", loadersDir
 func TestBootGrubBIOS(t *testing.T) { bootTwice(t, "grub-bios", loadersDir(t), seaBIOS) }
 
 func TestBootGrubSigned(t *testing.T) { bootTwice(t, "grub-efi", loadersDir(t), ovmf) }
+
+// TestBootGrubUnsigned is an image without shim: grub-mkimage makes the EFI program.
+func TestBootGrubUnsigned(t *testing.T) {
+	loaders := loadersDir(t)
+	needRoot(t)
+	top := t.TempDir()
+	for _, dir := range []string{"upper/usr/lib", "root"} {
+		if err := os.MkdirAll(filepath.Join(top, dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// A whiteout (Linux Documentation/filesystems/overlayfs.rst) hides shim.
+	if err := unix.Mknod(filepath.Join(top, "upper/usr/lib/shim"), unix.S_IFCHR, 0); err != nil {
+		t.Fatal(err)
+	}
+	root := filepath.Join(top, "root")
+	if err := unix.Mount("overlay", root, "overlay", unix.MS_RDONLY, fmt.Sprintf("lowerdir=%s/upper:%s", top, loaders)); err != nil {
+		t.Skipf("no overlay mount here: %v", err)
+	}
+	t.Cleanup(func() { unix.Unmount(root, 0) })
+	bootTwice(t, "grub-efi", root, ovmf)
+}
+
+func syncDisk(t *testing.T, dir string) {
+	t.Helper()
+	f, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := unix.Syncfs(int(f.Fd())); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestBootExtlinux installs to a mounted partition and falls back by "once".
+func TestBootExtlinux(t *testing.T) {
+	loaders := loadersDir(t)
+	needRoot(t)
+	in := extlinuxInstaller{}
+	l := in.Layout()
+	d := newDisk(t, l)
+	losetup := program(t, "losetup", "mount")
+	out, err := exec.Command(losetup, "--find", "--show", "--offset", fmt.Sprint(d.start), "--sizelimit", fmt.Sprint(d.size), d.file).Output()
+	if err != nil {
+		t.Skipf("no loop device: %v", err)
+	}
+	loop := strings.TrimSpace(string(out))
+	detach := func() { exec.Command(losetup, "--detach", loop).Run() }
+	t.Cleanup(detach)
+	command(t, "mkfs.ext4", "e2fsprogs", append(append([]string{"-q"}, l.Ext4Options...), loop)...)
+	boot := t.TempDir()
+	if err := unix.Mount(loop, boot, "ext4", 0, ""); err != nil {
+		t.Skipf("no ext4 mount here: %v", err)
+	}
+	mounted := true
+	unmount := func() {
+		if mounted {
+			// Another mount namespace of this machine may have the file system, too.
+			syncDisk(t, boot)
+			if err := unix.Unmount(boot, 0); err != nil {
+				t.Error(err)
+			}
+			mounted = false
+		}
+	}
+	t.Cleanup(unmount)
+	target := Target{Root: loaders, Boot: boot, Mounted: true, Disk: d.file, BootDevice: loop, BootNumber: d.number, Serial: "115200"}
+	if err := in.Install(t.Context(), target); errors.Is(err, ErrMissing) {
+		t.Skip(err)
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	fast(t, boot)
+	putSystem(t, loaders, boot)
+	loader := newExtlinux(Paths{Boot: boot})
+	const odd = `x={a;b} y=$root z=*?[!] v="a b" w=#c q='"'"'`
+	failing := vmEntry(12, "again")
+	failing.Counter = &Counter{Left: 1}
+	add(t, loader, vmEntry(10, ""), vmEntry(11, odd), failing)
+	if got := nextExtlinux(t, boot); got != "particle-12" {
+		t.Errorf("to be booted once is %q", got)
+	}
+	unmount()
+	detach()
+	cmdlines := d.run(t, seaBIOS(t)...)
+	if got, want := numbers(cmdlines), []string{"12", "11"}; !slices.Equal(got, want) {
+		t.Fatalf("booted %q, want %q: %q", got, want, cmdlines)
+	}
+	if !strings.Contains(cmdlines[1], odd) {
+		t.Errorf("kernel arguments %q are not in %q", odd, cmdlines[1])
+	}
+	after := newExtlinux(Paths{Boot: d.read(t, l)})
+	wantIDs(t, after, "particle-11", "particle-10", "particle-12")
+	if e := entries(t, after)[2]; e.Counter == nil || *e.Counter != (Counter{Left: 0, Done: 1}) {
+		t.Errorf("after one boot that failed: got %+v, want 0 tries left and 1 done", e.Counter)
+	}
+}
