@@ -123,21 +123,38 @@ func (b *bootFiles) entry(e *bootloader.Entry, p bootloader.Paths) {
 	}
 }
 
-// present reports whether the boot file system has them all.
-func (b *bootFiles) present(p bootloader.Paths) (bool, error) {
+// present reports whether the boot file system has them all. A directory that an entry
+// refers to was durable before the entry was there; what is in any other one has to be
+// read to be known, since a power loss may have come at any moment.
+func (b *bootFiles) present(ctx context.Context, p bootloader.Paths, entries []bootloader.Entry) (bool, error) {
+	dir := filepath.Join(p.Boot, b.dir())
+	used := slices.Contains(usedBootDirs(entries), b.dir())
+	h := sha256.New()
 	for _, f := range b.files {
-		fi, err := os.Stat(filepath.Join(p.Boot, b.dir(), f.name))
+		file, err := os.Open(filepath.Join(dir, f.name))
 		if errors.Is(err, fs.ErrNotExist) {
 			return false, nil
 		} else if err != nil {
 			return false, err
 		}
-		// The directory got its name when all was durable in it, so the size is enough.
-		if fi.Size() != f.node.File.Size {
+		var n int64
+		if used {
+			var fi fs.FileInfo
+			if fi, err = file.Stat(); err == nil {
+				n = fi.Size()
+			}
+		} else if err = ctx.Err(); err == nil {
+			n, err = io.Copy(h, file)
+		}
+		file.Close()
+		if err != nil {
+			return false, fmt.Errorf("reading %q: %w", file.Name(), err)
+		}
+		if n != f.node.File.Size {
 			return false, nil
 		}
 	}
-	return true, nil
+	return used || hex.EncodeToString(h.Sum(nil)) == b.hash, nil
 }
 
 // checkRoom compares what they need with what the boot file system has.
@@ -158,16 +175,15 @@ func (b *bootFiles) checkRoom(p bootloader.Paths) error {
 	return nil
 }
 
-// write copies them to the boot file system. The directory appears when all is durable.
+// write copies them to the boot file system and makes them durable. Nothing is renamed:
+// FAT has no atomic rename, and a directory with two names, as a power loss can leave it,
+// cannot be removed without harm. Nobody looks at the directory before an entry names it.
 func (b *bootFiles) write(ctx context.Context, objects Opener, p bootloader.Paths) error {
 	dir := filepath.Join(p.Boot, b.dir())
-	tmp := dir + tempSuffix
-	for _, old := range []string{tmp, dir} {
-		if err := os.RemoveAll(old); err != nil {
-			return fmt.Errorf("removing an unfinished kernel: %w", err)
-		}
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("removing an unfinished kernel: %w", err)
 	}
-	if err := os.Mkdir(tmp, 0o700); err != nil {
+	if err := os.Mkdir(dir, 0o700); err != nil {
 		return fmt.Errorf("making the kernel's directory: %w", err)
 	}
 	for _, f := range b.files {
@@ -178,18 +194,15 @@ func (b *bootFiles) write(ctx context.Context, objects Opener, p bootloader.Path
 		if err != nil {
 			return fmt.Errorf("opening the image's %s: %w", f.name, err)
 		}
-		err = copyDurably(filepath.Join(tmp, f.name), r, f.node.File.Size)
+		err = copyDurably(filepath.Join(dir, f.name), r, f.node.File.Size)
 		r.Close()
 		if err != nil {
-			os.RemoveAll(tmp)
-			return fmt.Errorf("copying the image's %s to %q: %w", f.name, tmp, err)
+			os.RemoveAll(dir)
+			return fmt.Errorf("copying the image's %s to %q: %w", f.name, dir, err)
 		}
 	}
-	if err := syncDir(tmp); err != nil {
+	if err := syncDir(dir); err != nil {
 		return err
-	}
-	if err := os.Rename(tmp, dir); err != nil {
-		return fmt.Errorf("naming the kernel's directory: %w", err)
 	}
 	return syncDir(p.Boot)
 }
@@ -203,7 +216,7 @@ func bootDirs(p bootloader.Paths) ([]string, error) {
 	}
 	var dirs []string
 	for _, e := range entries {
-		hash, ok := strings.CutPrefix(strings.TrimSuffix(e.Name(), tempSuffix), bootPrefix)
+		hash, ok := strings.CutPrefix(e.Name(), bootPrefix)
 		if ok && e.IsDir() && len(hash) == 64 && strings.Trim(hash, "0123456789abcdef") == "" {
 			dirs = append(dirs, e.Name())
 		}

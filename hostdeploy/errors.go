@@ -27,6 +27,8 @@ var (
 	ErrInUse = errors.New("deployment is in use")
 	// ErrFormat: a file of a deployment's state is not what it should be.
 	ErrFormat = errors.New("bad deployment record")
+	// ErrNoVerity: files on the physical root cannot have fs-verity.
+	ErrNoVerity = errors.New("no fs-verity")
 	// ErrNoImage: the store lacks what the deployment was made of.
 	ErrNoImage = errors.New("deployment's image is not in the store")
 )

@@ -3,6 +3,7 @@ package hostdeploy
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"fmt"
 	"os"
 	"os/exec"
@@ -74,4 +75,40 @@ func (fs *FileSystem) Fstab(at string) string {
 		options = "umask=0077"
 	}
 	return fmt.Sprintf("UUID=%s %s %s %s 0 2\n", fs.UUID, at, fs.Type, options)
+}
+
+// CanVerity returns nil where files can have fs-verity, once a kernel has it, or an error
+// that says what to do.
+func (fs *FileSystem) CanVerity() error {
+	var reason string
+	switch fs.Type {
+	case "btrfs":
+		return nil
+	case "ext4":
+		ok, err := ext4Verity(fs.Device)
+		if ok || err != nil {
+			return err
+		}
+		reason = fmt.Sprintf("the ext4 on %s lacks the feature verity: tune2fs -O verity %s turns it on", fs.Device, fs.Device)
+	default:
+		reason = fs.Type + " has no fs-verity: ext4 and btrfs have"
+	}
+	return fmt.Errorf("%w: %s; --allow-missing-verity installs without", ErrNoVerity, reason)
+}
+
+// ext4Verity reads whether a file system has the feature EXT4_FEATURE_RO_COMPAT_VERITY
+// (Linux Documentation/filesystems/ext4/super.rst: the superblock begins at byte 1024,
+// s_feature_ro_compat is at 0x64).
+func ext4Verity(device string) (bool, error) {
+	f, err := os.Open(device)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	var super [0x68]byte
+	if _, err := f.ReadAt(super[:], 1024); err != nil {
+		return false, fmt.Errorf("reading the superblock of %s: %w", device, err)
+	}
+	const verity = 0x8000
+	return binary.LittleEndian.Uint32(super[0x64:])&verity != 0, nil
 }

@@ -102,7 +102,11 @@ func NewPlan(ctx context.Context, h *Host, req Request, stage bool) (*Plan, erro
 	if err := p.settle(all); err != nil {
 		return nil, err
 	}
-	present, err := p.files.present(h.Paths)
+	entries, err := h.Loader.Entries(h.Warn)
+	if err != nil {
+		return nil, err
+	}
+	present, err := p.files.present(ctx, h.Paths, entries)
 	if err != nil {
 		return nil, err
 	}

@@ -158,6 +158,9 @@ func installToDisk(t *term, c *cli.Context, path string) error {
 			return usageError{fmt.Errorf("--boot-size: %w", err)}
 		}
 	}
+	if o.FS == disk.XFS && !c.Bool("allow-missing-verity") {
+		return (&hostdeploy.FileSystem{Type: "xfs"}).CanVerity()
+	}
 	if c.Bool("dry-run") {
 		return planDisk(t, c, path, loader, o)
 	}
@@ -259,6 +262,9 @@ func planDisk(t *term, c *cli.Context, path, loader string, o disk.Options) erro
 func installToFilesystem(t *term, c *cli.Context, dir string) error {
 	fs, err := hostdeploy.FileSystemOf(c.Context, dir)
 	if err != nil {
+		return err
+	}
+	if err := fs.CanVerity(); err != nil && !c.Bool("allow-missing-verity") {
 		return err
 	}
 	p := &phases{t: t}

@@ -1,0 +1,50 @@
+package hostdeploy
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestCanVerity(t *testing.T) {
+	if err := (&FileSystem{Type: "btrfs"}).CanVerity(); err != nil {
+		t.Errorf("btrfs: %v", err)
+	}
+	if err := (&FileSystem{Type: "xfs"}).CanVerity(); !errors.Is(err, ErrNoVerity) {
+		t.Errorf("xfs: got %v, want ErrNoVerity", err)
+	}
+	mkfs, err := exec.LookPath("mkfs.ext4")
+	if err != nil {
+		t.Skip("there is no mkfs.ext4 here (Debian package e2fsprogs)")
+	}
+	for features, want := range map[string]bool{"verity": true, "^verity": false} {
+		name := filepath.Join(t.TempDir(), "fs")
+		if err := os.WriteFile(name, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(name, 8<<20); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := exec.Command(mkfs, "-q", "-O", features, name).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		err := (&FileSystem{Type: "ext4", Device: name}).CanVerity()
+		if (err == nil) != want || err != nil && !strings.Contains(err.Error(), "tune2fs -O verity "+name) {
+			t.Errorf("%s: got %v", features, err)
+		}
+	}
+}
+
+func TestFileSystemLines(t *testing.T) {
+	fs := &FileSystem{Device: "/dev/vda2", Type: "btrfs", UUID: "1-2", Subvolume: "/@root"}
+	if got, want := fs.RootArgs().String(), "root=UUID=1-2 rootfstype=btrfs rw rootflags=subvol=/@root"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	esp := &FileSystem{Type: "vfat", UUID: "AB-CD"}
+	if got, want := esp.Fstab("/boot"), "UUID=AB-CD /boot vfat umask=0077 0 2\n"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
