@@ -1,0 +1,204 @@
+package boot
+
+import (
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// A broken image is left by itself: after its tries the machine is back in the system
+// that it came from, without anybody doing anything.
+//
+// "A broken image (kernel panics; init missing; unit fails) is left by itself after its
+// tries."
+func TestFallback(t *testing.T) {
+	for _, c := range []struct {
+		target string
+		sign   *regexp.Regexp // of the failure, on the console
+	}{
+		{"panics", kernelPanic},
+		{"no-init", regexp.MustCompile(`(?i)no init found|run-init:|/sbin/init.*No such file|switch_root`)},
+		{"unit-fails", regexp.MustCompile(`did not reach boot-complete.target|A health check that fails`)},
+	} {
+		for _, l := range loaders {
+			t.Run(c.target+"-"+l.name, func(t *testing.T) {
+				// The essential ones: one way to fail with each loader, each with one loader.
+				if c.target == "panics" || l == oneLoader(t) {
+					need(t, essential)
+				} else {
+					need(t, all)
+				}
+				m := boot(t, l)
+				before := m.status()
+				old := before.booted(t).ID
+				m.sh("echo mine >/etc/particle-own")
+				d := m.stage(l, c.target)
+				m.t.Logf("the loader falls back: %s", before.Fallback)
+				m.Console.Mark()
+				m.sh("systemctl --no-block reboot")
+				// Each try starts a kernel; the last one is that of the old system.
+				tries := 0
+				m.expect(kernelStart)
+				for {
+					which := m.expect(c.sign, kernelStart, loginPrompt)
+					if which == 0 {
+						continue
+					}
+					if which == 1 {
+						tries++
+						if tries > 6 {
+							t.Fatal("the broken system was started 7 times")
+						}
+						continue
+					}
+					// A system whose check fails shows its prompt, too, and restarts then.
+					if c.target == "unit-fails" && m.version() != "1" {
+						continue
+					}
+					break
+				}
+				if !c.sign.MatchString(m.Console.Text()) {
+					t.Errorf("the console does not show %q", c.sign)
+				}
+				if tries < 1 {
+					t.Error("the broken system was not tried at all")
+				}
+				t.Logf("tried %d times", tries)
+				m.equal("cat /usr/share/particle-test/version", "1")
+				m.equal("cat /etc/particle-own", "mine")
+				m.good()
+				s := m.status()
+				if b := s.booted(t); b.ID != old {
+					t.Errorf("deployment %s runs, want %s", b.ID, old)
+				}
+				for _, x := range s.Deployments {
+					if x.ID == d.ID && !x.Failed {
+						t.Errorf("the broken deployment is not told to have failed: %+v", x)
+					}
+				}
+				// And it stays left.
+				m.reboot()
+				m.equal("cat /usr/share/particle-test/version", "1")
+				m.clean()
+				// The way forward is open.
+				m.upgrade(l, "next")
+				m.equal("cat /usr/share/particle-test/version", "2")
+				m.good()
+			})
+		}
+	}
+}
+
+// "Refused with one clear error each, nothing changed: an image without kernel, initrd or
+// Particle's root set-up in it (unless forced), an image for another architecture, a full
+// ESP, a read-only boot partition, a missing bootloader, two runs at once."
+func TestRefusals(t *testing.T) {
+	need(t, essential, "buildah")
+	l := oneLoader(t)
+	m := boot(t, l)
+	// What must not change: entries, kernels, states, names of images.
+	state := func() string {
+		return m.sh(`cd /; find boot sysroot/state -path '*/var/*' -prune -o -printf '%%p %%T@\n' | sort; cat boot/loader/entries/*; ls sysroot/composefs/images/refs; ls /run/particle; cat sysroot/state/history`)
+	}
+	before := state()
+	unchanged := func(what string) {
+		t.Helper()
+		if after := state(); after != before {
+			t.Errorf("%s changed the host:\n%s", what, difference(before, after))
+			before = after
+		}
+	}
+	oneError := func(command string, texts ...string) {
+		t.Helper()
+		m.fails(command, texts...)
+		// One error, of one line, besides progress.
+		if r := m.try("%s", command); strings.Contains(r.Stderr, "panic:") || strings.Contains(r.Stderr, "goroutine ") {
+			t.Errorf("%s: %s", command, r.Stderr)
+		}
+		unchanged(command)
+	}
+	for _, c := range []struct{ target, text string }{
+		{"no-kernel", "image without a kernel"},
+		{"no-initrd", "image without an initramfs"},
+		{"no-setup", "initramfs without Particle's root set-up"},
+	} {
+		reference := push(t, c.target, c.target)
+		m.registry()
+		oneError("particle hostdeploy switch "+reference, c.text)
+	}
+	oneError("particle hostdeploy switch "+pushForeign(t), "architecture", "arm64")
+
+	// The panics image has another initramfs, so a kernel would have to be copied.
+	other := push(t, "panics", "other")
+	m.sh("df -k --output=avail /boot | tail -n 1 | { read n; head -c $(( (n - 1000) * 1024 )) /dev/zero >/boot/filler; }; sync")
+	before = state()
+	oneError("particle hostdeploy switch "+other, "no space left on the boot file system")
+	oneError("particle hostdeploy switch --now "+other, "no space left on the boot file system")
+	m.sh("rm /boot/filler; sync")
+
+	m.sh("mount -o remount,ro /boot")
+	before = state()
+	oneError("particle hostdeploy switch --now "+other, "read-only")
+	oneError("particle hostdeploy rollback --json", "")
+	m.sh("mount -o remount,rw /boot")
+
+	before = state()
+	if l.name == "systemd-boot" {
+		// What the firmware says of the loader is out of the way, too.
+		oneError("unshare -m sh -c 'mount -t tmpfs none /sys/firmware; mount -t tmpfs none /boot; particle hostdeploy upgrade'", "boot loader")
+	} else {
+		oneError("unshare -m sh -c 'mount -t tmpfs none /boot; particle hostdeploy upgrade'", "boot loader")
+	}
+	oneError("flock /sysroot/state/lock particle hostdeploy upgrade", "another run of particle hostdeploy")
+	// Forced, the image without our part of the initramfs is taken.
+	m.sh("particle hostdeploy switch --force --dry-run docker://%s/server:no-setup", guestRegistry)
+	unchanged("a dry run")
+}
+
+// "A missing bootloader", when a disk is made: the image lacks the loader's files.
+func TestInstallRefusals(t *testing.T) {
+	need(t, essential)
+	name := image(t, "no-loader")
+	for _, l := range loaders {
+		disk := dirFor(t) + "/disk"
+		_, stderr, err := try(t, particle, "--store", dirFor(t)+"/store", "hostdeploy", "install", "to-disk", disk,
+			"--image", "containers-storage:"+name, "--bootloader", l.name, "--size", "4G")
+		if err == nil || !strings.Contains(stderr, "boot loader's files are missing") {
+			t.Errorf("%s: %v\n%s", l.name, err, stderr)
+		}
+	}
+}
+
+// pushForeign makes an image that says it is for another architecture.
+func pushForeign(t testing.TB) string {
+	t.Helper()
+	from := image(t, "server")
+	container := strings.TrimSpace(run(t, "buildah", "from", "--pull-never", from))
+	defer try(t, "buildah", "rm", container)
+	run(t, "buildah", "config", "--arch", "arm64", container)
+	run(t, "buildah", "commit", "-q", container, repo+":foreign")
+	run(t, "podman", "push", "-q", "--tls-verify=false", repo+":foreign", "docker://"+server.Addr()+"/server:foreign")
+	return "docker://" + guestRegistry + "/server:foreign"
+}
+
+// difference shows the lines that two texts do not share.
+func difference(a, b string) string {
+	count := map[string]int{}
+	for line := range strings.Lines(a) {
+		count[line]--
+	}
+	for line := range strings.Lines(b) {
+		count[line]++
+	}
+	var out strings.Builder
+	for line := range strings.Lines(a + "\n" + b) {
+		switch n := count[line]; {
+		case n < 0:
+			out.WriteString("- " + line)
+		case n > 0:
+			out.WriteString("+ " + line)
+		}
+		delete(count, line)
+	}
+	return out.String()
+}
