@@ -37,6 +37,7 @@ var allowed = map[string][]string{
 	"podman-ext":                {"converter", "converter/*"},
 	"cmd/particle":              {"*"},
 	"cmd/particle-init-root":    {"converter/*", "hostdeploy/*"},
+	"packaging":                 nil,
 	"tests":                     {"*"},
 	"tests/*":                   {"*"},
 }

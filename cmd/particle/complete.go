@@ -211,9 +211,9 @@ func (c *completion) place(what, prefix, begin string) {
 			}
 		}
 		switch w {
-		case "FILE", "SOURCE", "IMAGE", "A", "B", "DEV":
+		case "FILE", "SOURCE", "IMAGE", "A", "B", "DEVICE":
 			c.lines = append(c.lines, completeFiles)
-		case "DIR":
+		case "DIR", "ROOT":
 			c.lines = append(c.lines, completeDirs)
 		}
 	}

@@ -69,14 +69,20 @@ var examples = map[string][]example{
 		{"see how much a collection would free", "particle store gc --dry-run"},
 		{"read everything and compare digests", "particle store scrub"},
 	},
-	"doctor": {
-		{"see what this machine can do", "particle doctor"},
+	"prepare": {
+		{"end the build of an image that shall boot", "RUN particle prepare"},
+		{"see what a tree lacks", "particle prepare --check ./rootfs"},
 	},
 	"hostdeploy": {
-		{"put an image on a disk", "particle hostdeploy install to-disk server /dev/sdb"},
+		{"put an image of the store on a disk", "particle hostdeploy install to-disk --image=server /dev/sdb"},
+		{"make a disk for a virtual machine, with a console on its serial line",
+			"particle hostdeploy install to-disk --image=server --size=16G --karg=console=ttyS0 server.img"},
 		{"see what is booted, staged and kept", "particle hostdeploy status"},
-		{"fetch the newest image, and boot it at the next restart", "particle hostdeploy upgrade\nsystemctl reboot"},
-		{"boot the one before again", "particle hostdeploy rollback\nsystemctl reboot"},
+		{"fetch the newest image, and boot it", "particle hostdeploy upgrade --reboot"},
+		{"boot the one before again", "particle hostdeploy rollback --reboot"},
+	},
+	"doctor": {
+		{"see what this machine can do", "particle doctor"},
 	},
 }
 

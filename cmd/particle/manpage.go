@@ -309,20 +309,23 @@ func (p *manPage) verb(app *cli.App, cmd *cli.Command) {
 	p.name("particle-"+cmd.Name, cmd.Usage)
 	p.section("SYNOPSIS")
 	path := "particle " + cmd.Name
-	subs := visible(cmd.Subcommands)
 	tool := toolUsages[cmd.Name]
 	if tool != "" {
 		call, _, _ := strings.Cut(strings.TrimPrefix(tool, "usage: "), "\n")
 		call = strings.TrimPrefix(strings.TrimPrefix(call, cmd.Name), " ")
 		p.raw(`\fB` + roffText(path) + `\fR ` + emphasize(call, placeholders(call)))
-	} else if len(subs) == 0 || cmd.ArgsUsage != "" {
-		p.synopsis(path, cmd.ArgsUsage, len(cmd.Flags) > 0)
 	}
-	for i, sub := range subs {
-		if i > 0 || cmd.ArgsUsage != "" {
-			p.WriteString(".br\n")
+	below := descend(cmd, "")
+	if tool == "" {
+		for i, sub := range append([]subverb{{"", cmd}}, below...) {
+			if len(visible(sub.Subcommands)) > 0 && sub.ArgsUsage == "" {
+				continue // does nothing by itself
+			}
+			if i > 0 && !strings.HasSuffix(p.String(), ".SH \"SYNOPSIS\"\n") {
+				p.WriteString(".br\n")
+			}
+			p.synopsis(path+sub.path, sub.ArgsUsage, len(sub.Flags) > 0)
 		}
-		p.synopsis(path+" "+sub.Name, sub.ArgsUsage, len(sub.Flags) > 0)
 	}
 	p.section("DESCRIPTION")
 	switch {
@@ -339,12 +342,13 @@ func (p *manPage) verb(app *cli.App, cmd *cli.Command) {
 		p.WriteString(".PP\n")
 	}
 	p.raw(`The options of the whole program are in \fBparticle\fR(8).`)
-	if len(subs) > 0 {
+	if len(below) > 0 {
 		p.section("VERBS")
-		for _, sub := range subs {
-			p.line(".SS", sub.Name+strings.TrimSuffix(" "+sub.ArgsUsage, " "))
-			p.text2(sentence(sub.Usage), placeholders(sub.ArgsUsage))
-			p.text(sub.Description, placeholders(sub.ArgsUsage))
+		for _, sub := range below {
+			words := placeholders(sub.ArgsUsage)
+			p.line(".SS", strings.TrimSpace(sub.path+" "+sub.ArgsUsage))
+			p.text2(sentence(sub.Usage), words)
+			p.text(sub.Description, words)
 			p.options(sub.Flags)
 		}
 	}
@@ -361,6 +365,22 @@ func (p *manPage) verb(app *cli.App, cmd *cli.Command) {
 	}
 	slices.Sort(also[1:])
 	p.fill(strings.Join(also, ", "))
+}
+
+// A subverb is a verb below another, with the words that lead to it: " install to-disk".
+type subverb struct {
+	path string
+	*cli.Command
+}
+
+// descend lists the verbs below one that people see, each before those below it.
+func descend(cmd *cli.Command, path string) []subverb {
+	var all []subverb
+	for _, sub := range visible(cmd.Subcommands) {
+		all = append(all, subverb{path + " " + sub.Name, sub})
+		all = append(all, descend(sub, path+" "+sub.Name)...)
+	}
+	return all
 }
 
 func visible(cmds []*cli.Command) []*cli.Command {

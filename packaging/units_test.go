@@ -1,0 +1,166 @@
+package packaging
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// A unit is a file of systemd's: the values of each "Section.Key", in order.
+type unit map[string][]string
+
+func readUnits(t *testing.T) map[string]unit {
+	t.Helper()
+	units := map[string]unit{}
+	for _, pattern := range []string{"systemd/*.service", "systemd/*.path", "systemd/*.timer", "systemd/*.d/*.conf"} {
+		names, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range names {
+			u, section := unit{}, ""
+			for line := range strings.Lines(string(readFile(t, name))) {
+				line = strings.TrimSpace(line)
+				switch key, value, ok := strings.Cut(line, "="); {
+				case line == "" || line[0] == '#':
+				case line[0] == '[':
+					section = strings.Trim(line, "[]")
+				case !ok || section == "":
+					t.Errorf("%s: bad line %q", name, line)
+				default:
+					u[section+"."+key] = append(u[section+"."+key], value)
+				}
+			}
+			units[filepath.Base(name)] = u
+		}
+	}
+	if len(units) < 9 {
+		t.Fatalf("found %d units only", len(units))
+	}
+	return units
+}
+
+// TestUnits holds what the units promise each other and docs/boot.md.
+func TestUnits(t *testing.T) {
+	units := readUnits(t)
+	for name, u := range units {
+		if name == "50-particle.conf" || strings.HasPrefix(name, "particle-overlay@") {
+			continue
+		}
+		conditions := u["Unit.ConditionKernelCommandLine"]
+		for _, want := range []string{"|composefs.digest", "|composefs"} {
+			if !slices.Contains(conditions, want) {
+				t.Errorf("%s works on hosts that Particle has not booted: conditions %q lack %q", name, conditions, want)
+			}
+		}
+		for _, line := range append(slices.Clone(u["Service.ExecStart"]), u["Service.ExecStop"]...) {
+			if words := strings.Fields(line); strings.HasSuffix(words[0], "particle") && (words[0] != "/usr/bin/particle" || !slices.Contains(words, "hostdeploy")) {
+				t.Errorf("%s runs %q", name, line)
+			}
+		}
+		for key, values := range u {
+			for _, v := range values {
+				for _, word := range strings.Fields(v) {
+					if strings.HasPrefix(word, "particle-") && strings.Contains(word, ".") && units[word] == nil {
+						t.Errorf("%s: %s=%s names a unit that is not here", name, key, v)
+					}
+				}
+			}
+		}
+	}
+	// Units with an automounted /boot must not require its mount while they wait: its
+	// expiry would cancel their jobs.
+	for _, name := range []string{"particle-boot-success.service", "particle-boot-failed.service", "particle-upgrade.service", "particle-factory-reset.service"} {
+		for _, key := range []string{"Unit.RequiresMountsFor", "Unit.Requires", "Unit.BindsTo"} {
+			if v := strings.Join(units[name][key], " "); strings.Contains(v, "/boot") || strings.Contains(v, "boot.mount") {
+				t.Errorf("%s: %s=%s", name, key, v)
+			}
+		}
+	}
+	if v := units["particle-finalize.service"]["Service.WorkingDirectory"]; !slices.Equal(v, []string{"/boot"}) {
+		t.Errorf("particle-finalize.service does not hold /boot: WorkingDirectory %q", v)
+	}
+	if v := units["particle-finalize.path"]["Path.PathExists"]; !slices.Equal(v, []string{"/run/particle/staged.json"}) {
+		t.Errorf("particle-finalize.path watches %q", v)
+	}
+}
+
+// TestWants: units that are part of every boot are linked, and have no [Install]; the
+// preset turns the others off.
+func TestWants(t *testing.T) {
+	units := readUnits(t)
+	links, err := filepath.Glob("systemd/*.wants/*")
+	if err != nil || len(links) < 4 {
+		t.Fatalf("links: %q, %v", links, err)
+	}
+	for _, link := range links {
+		target, err := os.Readlink(link)
+		if err != nil {
+			t.Errorf("%s is not a link: %v", link, err)
+			continue
+		}
+		name := filepath.Base(link)
+		if target != "../"+name || units[name] == nil {
+			t.Errorf("%s points to %q", link, target)
+		}
+		if v := units[name]["Install.WantedBy"]; v != nil {
+			t.Errorf("%s is linked and has WantedBy=%q, too", name, v)
+		}
+	}
+	preset := string(readFile(t, "systemd/80-particle.preset"))
+	for name, u := range units {
+		if u["Install.WantedBy"] != nil && !strings.Contains(preset, "\ndisable "+name+"\n") {
+			t.Errorf("%s can be enabled, and the preset does not say that it is off", name)
+		}
+	}
+}
+
+// TestUnitsVerify has systemd judge the units, in a root with its own ones.
+func TestUnitsVerify(t *testing.T) {
+	need(t, true, map[string]string{"systemd-analyze": "systemd"})
+	root := t.TempDir()
+	dst := filepath.Join(root, "usr/lib/systemd/system")
+	if err := os.MkdirAll(dst, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	theirs := "/usr/lib/systemd/system"
+	if _, err := os.Stat(theirs + "/boot-complete.target"); err != nil {
+		t.Skipf("there is no boot-complete.target here (Debian package systemd)")
+	}
+	// systemd's targets and their parts, not what else this machine has installed.
+	command(t, "", nil, "sh", "-c", `cd "$1" && cp -a *.target systemd-*.service systemd-*.socket sysinit.target.wants emergency.service rescue.service modprobe@.service "$2" 2>/dev/null || true`, "sh", theirs, dst)
+	command(t, "", nil, "sh", "-c", `cp -a systemd/. "$1"`, "sh", dst)
+	for _, program := range []string{"usr/bin/particle", "usr/bin/sleep", "bin/mount", "bin/umount", "bin/sh"} {
+		name := filepath.Join(root, program)
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(name, []byte("#!/bin/true\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	units, err := filepath.Glob("systemd/particle-*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	argv := []string{"verify", "--man=no", "--root=" + root}
+	for _, u := range units {
+		name := strings.Replace(filepath.Base(u), "@.", "@usr-local.", 1)
+		argv = append(argv, name)
+	}
+	argv = append(argv, "multi-user.target", "emergency.target", "factory-reset.target", "reboot.target")
+	out, err := exec.Command("systemd-analyze", argv...).CombinedOutput()
+	var ours []string
+	for line := range strings.Lines(string(out)) {
+		// The machine's own units may have flaws of their own.
+		if strings.Contains(line, "particle") || strings.Contains(line, "cycle") {
+			ours = append(ours, line)
+		}
+	}
+	if len(ours) > 0 {
+		t.Errorf("systemd-analyze verify (%v):\n%s", err, strings.Join(ours, ""))
+	}
+}
