@@ -155,8 +155,7 @@ func (s *Snapshotter) need(ctx context.Context, a *active) error {
 	if len(a.chain) == 0 || a.staged || s.lazy(a.key) {
 		return nil
 	}
-	_, err := s.acquire(ctx, a.id, a.chain, a.ids, isExtract(a.key))
-	return err
+	return s.acquire(ctx, a)
 }
 
 // ownRoot gives a container's root the owner that the image says.
@@ -164,7 +163,7 @@ func (s *Snapshotter) ownRoot(a *active) error {
 	if _, mounted := s.mounts.of(a.id); !mounted || a.kind != snapshots.KindActive {
 		return nil
 	}
-	st, err := os.Stat(s.mountPoint(a.chain[len(a.chain)-1], a.ids))
+	st, err := os.Stat(s.lowerOf(a))
 	if err != nil {
 		return err
 	}
@@ -177,7 +176,7 @@ func (s *Snapshotter) mountsOf(a *active) []cmount.Mount {
 	view := a.kind == snapshots.KindView
 	lower := s.empty()
 	if len(a.chain) > 0 {
-		lower = s.mountPoint(a.chain[len(a.chain)-1], a.ids)
+		lower = s.lowerOf(a)
 	}
 	switch {
 	case a.staged:

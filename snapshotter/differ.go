@@ -140,7 +140,7 @@ func (d *Differ) cannot(a *active, desc ocispec.Descriptor, config diff.ApplyCon
 // passOn leaves a layer to another differ, which wants to see the layers below.
 func (s *Snapshotter) passOn(ctx context.Context, a *active, why string) error {
 	if a.kind == snapshots.KindActive && len(a.chain) > 0 {
-		if _, err := s.acquire(ctx, a.id, a.chain, a.ids, isExtract(a.key)); err != nil {
+		if err := s.acquire(ctx, a); err != nil {
 			return err
 		}
 	}

@@ -82,7 +82,7 @@ func walkAll(ctx context.Context, fn snapshots.WalkFunc, filters ...string) erro
 func (s *Snapshotter) describe(id string, info *snapshots.Info) {
 	info.Labels = withoutOurs(info.Labels)
 	m, ok := s.mounts.of(id)
-	if !ok || info.Kind == snapshots.KindCommitted {
+	if !ok || m.image.IsZero() || info.Kind == snapshots.KindCommitted {
 		return
 	}
 	if info.Labels == nil {

@@ -78,23 +78,52 @@ func readStream(ctx context.Context, st *store.Store, txn *store.Txn, id string)
 
 // merged returns the tree of a chain. It always begins with the layers: a merged
 // image no longer tells which directories no layer described.
-func (s *Snapshotter) merged(ctx context.Context, txn *store.Txn, chain []string) (*tree.Tree, error) {
+//
+// A tree from memory may need objects that the store no longer has (cached is true
+// then): the content of a sparse file is another object in a tree than in a layer's
+// stream, and nothing but an image keeps it.
+func (s *Snapshotter) merged(ctx context.Context, txn *store.Txn, chain []string) (t *tree.Tree, cached bool, err error) {
 	t, have := tree.New(), 0
 	for i := len(chain); i > 0; i-- {
-		if cached := s.trees.get(chain[i-1]); cached != nil {
-			t, have = cached, i
+		if known := s.trees.get(chain[i-1]); known != nil {
+			t, have, cached = known, i, true
 			break
 		}
 	}
 	for _, id := range chain[have:] {
 		l, err := s.layerOf(ctx, txn, id)
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 		t = tree.Merge(t, l)
 	}
 	s.trees.put(chain[len(chain)-1], t)
-	return t, nil
+	return t, cached, nil
+}
+
+// complete returns the tree of a chain, all of whose objects the transaction or the
+// store has.
+func (s *Snapshotter) complete(ctx context.Context, txn *store.Txn, chain []string) (*tree.Tree, error) {
+	t, cached, err := s.merged(ctx, txn, chain)
+	if err != nil || !cached {
+		return t, err
+	}
+	missing := errors.New("an object is missing")
+	err = t.Walk(func(_ string, n *tree.Node) error {
+		if !n.IsRegular() || n.File.Object.IsZero() {
+			return nil
+		}
+		if has, err := s.store.HasObject(n.File.Object); err != nil || !has {
+			return errors.Join(missing, err)
+		}
+		return nil
+	})
+	if !errors.Is(err, missing) {
+		return t, err
+	}
+	s.trees.clear()
+	t, _, err = s.merged(ctx, txn, chain)
+	return t, err
 }
 
 // image returns the merged image of a chain of committed snapshots, which it makes
@@ -112,7 +141,7 @@ func (s *Snapshotter) image(ctx context.Context, chain []string, speculative boo
 		return d, err
 	}
 	defer func() { err = errors.Join(err, txn.Rollback()) }()
-	t, err := s.merged(ctx, txn, chain)
+	t, err := s.complete(ctx, txn, chain)
 	if err != nil {
 		return d, err
 	}

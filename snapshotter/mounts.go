@@ -1,6 +1,7 @@
 package snapshotter
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -15,8 +16,10 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 
+	"github.com/particle-os/particle/converter/erofs"
 	"github.com/particle-os/particle/converter/fsverity"
 	"github.com/particle-os/particle/converter/mount"
+	"github.com/particle-os/particle/converter/tree"
 )
 
 // A mounted is a merged image that is mounted, and the snapshots that need it.
@@ -108,29 +111,115 @@ func (s *Snapshotter) mountPoint(id string, m *idMap) string {
 	return filepath.Join(s.root, "mounts", id)
 }
 
-// acquire mounts the merged image of a chain, if that has not been done, for the
-// active snapshot or view with the ID user.
-func (s *Snapshotter) acquire(ctx context.Context, user string, chain []string, m *idMap, speculative bool) (string, error) {
-	top := chain[len(chain)-1]
-	target := s.mountPoint(top, m)
+// parentsPoint returns where the directories of a committed snapshot are mounted.
+func (s *Snapshotter) parentsPoint(id string) string {
+	return filepath.Join(s.root, "mounts", id+"-parents")
+}
+
+// lowerOf returns the lower directory of a snapshot that has a parent.
+func (s *Snapshotter) lowerOf(a *active) string {
+	top := a.chain[len(a.chain)-1]
+	if isExtract(a.key) {
+		return s.parentsPoint(top)
+	}
+	return s.mountPoint(top, a.ids)
+}
+
+// acquire mounts the lower directory of a snapshot that has a parent, if that has not
+// been done.
+func (s *Snapshotter) acquire(ctx context.Context, a *active) error {
+	top, target := a.chain[len(a.chain)-1], s.lowerOf(a)
 	defer s.lock(target)()
-	if !speculative {
-		s.state.setSpeculative(top, false)
+	if isExtract(a.key) {
+		if s.mounts.use(target, a.id) {
+			return nil
+		}
+		made, err := s.mountParents(ctx, target, a.chain)
+		if err != nil {
+			return err
+		}
+		s.mounts.add(made)
+		s.mounts.use(target, a.id)
+		return nil
 	}
-	if s.mounts.use(target, user) {
-		return target, nil
+	s.state.setSpeculative(top, false)
+	if s.mounts.use(target, a.id) {
+		return nil
 	}
-	image, err := s.image(ctx, chain, speculative)
+	image, err := s.image(ctx, a.chain, false)
 	if err != nil {
-		return "", err
+		return err
 	}
-	made, err := s.mountImage(target, image, m)
+	made, err := s.mountImage(target, image, a.ids)
 	if err != nil {
-		return "", err
+		return err
 	}
 	s.mounts.add(made)
-	s.mounts.use(target, user)
-	return target, nil
+	s.mounts.use(target, a.id)
+	return nil
+}
+
+// mountParents mounts the directories of a chain, without their files: what containerd
+// looks at while it unpacks a layer on top. Nobody keeps that image.
+func (s *Snapshotter) mountParents(ctx context.Context, target string, chain []string) (_ *mounted, err error) {
+	txn, err := s.store.Begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, txn.Rollback()) }()
+	t, _, err := s.merged(ctx, txn, chain)
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.CreateTemp(s.root, tempPrefix)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	defer os.Remove(f.Name())
+	w := bufio.NewWriter(f)
+	if err := errors.Join(erofs.Write(w, directories(t), erofs.Options{}), w.Flush()); err != nil {
+		return nil, err
+	}
+	image, err := os.Open(f.Name())
+	if err != nil {
+		return nil, err
+	}
+	defer image.Close()
+	if err := makeMountPoint(target); err != nil {
+		return nil, err
+	}
+	state, err := mount.Mount(target, mount.Options{Image: image, Objects: []string{s.store.ObjectsDir()}, Name: "directories"})
+	if err != nil {
+		return nil, err
+	}
+	return &mounted{target: target, loop: state.Loop, users: map[string]bool{}}, nil
+}
+
+// directories returns a tree with the directories of t alone.
+func directories(t *tree.Tree) *tree.Tree {
+	var only func(n *tree.Node) *tree.Node
+	only = func(n *tree.Node) *tree.Node {
+		d := &tree.Node{Stat: n.Stat, Dir: map[string]*tree.Node{}}
+		for name, child := range n.Dir {
+			if child.IsDir() {
+				d.Dir[name] = only(child)
+			}
+		}
+		return d
+	}
+	return &tree.Tree{Root: only(t.Root)}
+}
+
+// makeMountPoint makes a directory on which nothing is mounted.
+func makeMountPoint(target string) error {
+	if err := detachAll(target); err != nil {
+		return err
+	}
+	if err := os.Mkdir(target, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	return nil
 }
 
 // release gives up the mount that a snapshot needs, if any.
@@ -191,10 +280,7 @@ func (s *Snapshotter) mountImage(target string, image fsverity.Digest, m *idMap)
 		}
 		s.log.Warn("mounting anew", "target", target, "error", err)
 	}
-	if err := detachAll(target); err != nil {
-		return nil, err
-	}
-	if err := os.Mkdir(target, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := makeMountPoint(target); err != nil {
 		return nil, err
 	}
 	opts := mount.Options{
@@ -266,12 +352,7 @@ func verify(image *os.File, want fsverity.Digest, verity bool) (mount.Verificati
 
 // restore mounts what active snapshots and views need, and unmounts what none needs.
 func (s *Snapshotter) restore(ctx context.Context) error {
-	type need struct {
-		id, key string
-		chain   []string
-		m       *idMap
-	}
-	var needs []need
+	var needs []*active
 	err := s.read(ctx, func(ctx context.Context) error {
 		return walkAll(ctx, func(ctx context.Context, info snapshots.Info) error {
 			if info.Kind == snapshots.KindCommitted {
@@ -297,19 +378,16 @@ func (s *Snapshotter) restore(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			needs = append(needs, need{id, info.Name, ids, m})
+			needs = append(needs, &active{id: id, key: info.Name, kind: info.Kind, chain: ids, ids: m})
 			return nil
 		})
 	})
 	if err != nil {
 		return err
 	}
-	for _, n := range needs {
-		if s.lazy(n.key) {
-			continue
-		}
-		if _, err := s.acquire(ctx, n.id, n.chain, n.m, isExtract(n.key)); err != nil {
-			s.log.Error("mounting the layers of a snapshot", "key", n.key, "error", err)
+	for _, a := range needs {
+		if err := s.need(ctx, a); err != nil {
+			s.log.Error("mounting the layers of a snapshot", "key", a.key, "error", err)
 		}
 	}
 	return s.unmountUnused()

@@ -147,6 +147,15 @@ func (s *Snapshotter) sweep(ctx context.Context, start bool) error {
 	if err != nil {
 		return err
 	}
+	if start {
+		temps, err := filepath.Glob(filepath.Join(s.root, tempPrefix+"*"))
+		if err != nil {
+			return err
+		}
+		for _, path := range temps {
+			s.removeAll(path)
+		}
+	}
 	for _, e := range dirs {
 		name := e.Name()
 		path := filepath.Join(s.root, "snapshots", name)

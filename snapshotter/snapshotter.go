@@ -32,6 +32,7 @@
 //	instance                an ID that the names in the store begin with
 //	snapshots/ID/{fs,work}  upper and work directory of an active snapshot
 //	mounts/ID[-MAP]         the merged image of a committed snapshot, while it is used
+//	mounts/ID-parents       its directories, while a layer is unpacked on top of it
 //	empty/                  the lower directory of a layer without a parent
 //
 // and in the store, as names that keep a snapshot's data from being collected:
@@ -246,9 +247,12 @@ func instanceID(root string) (string, error) {
 	return id, writeDurably(path, []byte(id+"\n"))
 }
 
+// tempPrefix begins the names of temporary files in the root.
+const tempPrefix = ".tmp-"
+
 // writeDurably writes a file that is either there with all its bytes or not at all.
 func writeDurably(path string, data []byte) error {
-	tmp, err := os.CreateTemp(filepath.Dir(path), ".tmp-")
+	tmp, err := os.CreateTemp(filepath.Dir(path), tempPrefix)
 	if err != nil {
 		return err
 	}

@@ -1,12 +1,19 @@
 package snapshotter_test
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"testing"
 
 	cmount "github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 
+	"github.com/particle-os/particle/converter"
+	"github.com/particle-os/particle/converter/store"
 	"github.com/particle-os/particle/converter/tree"
 	"github.com/particle-os/particle/snapshotter"
 )
@@ -151,4 +158,55 @@ func TestPresent(t *testing.T) {
 			t.Errorf("%d layers were fetched, want all", n)
 		}
 	})
+}
+
+// TestSparse collects garbage between unpacking a layer with a sparse file and making
+// the image: the file's content as it reads is nobody's but the image's.
+func TestSparse(t *testing.T) {
+	requireMounts(t)
+	if _, err := exec.LookPath("tar"); err != nil {
+		t.Skip(err)
+	}
+	dir := t.TempDir()
+	want := append(make([]byte, 1<<20), big...)
+	if err := os.WriteFile(filepath.Join(dir, "sparse"), []byte(big), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := do(file("sparse", "", 0o644), truncate("sparse", 1<<20), func(dir string) error {
+		f, err := os.OpenFile(filepath.Join(dir, "sparse"), os.O_WRONLY|os.O_APPEND, 0)
+		if err != nil {
+			return err
+		}
+		_, err = f.WriteString(big)
+		return errors.Join(err, f.Close())
+	})(dir); err != nil {
+		t.Fatal(err)
+	}
+	layer, err := exec.Command("tar", "-C", dir, "--sparse", "--format=pax", "-cf", "-", "sparse").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(layer) > 100_000 {
+		t.Fatalf("the layer has %d bytes: it is not sparse", len(layer))
+	}
+	e := mustOpen(t, t.TempDir(), snapshotter.Options{Differ: true})
+	c := newClient(t, e, ours(e), false)
+	ctx := inNamespace(t.Context())
+	i := newImage(t, layer, tarOf(t, f("other", big, 0o644)))
+	top, err := c.pull(ctx, i)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stats, err := converter.GC(ctx, e.store, store.GCOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d objects were collected", stats.ObjectsRemoved)
+	mounts, err := c.sn.View(ctx, "view", top)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(filepath.Join(mounts[0].Source, "sparse")); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("got %d bytes, want %d: %v", len(got), len(want), err)
+	}
 }
