@@ -10,10 +10,11 @@
 // The ESP is not mounted, since kernels without vfat install too: its directory is a
 // memory file system of the ESP's size, which [Disk.Finish] copies into a FAT. The FAT is
 // made by mkfs.vfat and mtools and accepted when fsck.vfat finds nothing. The FAT32
-// writer of go-diskfs 1.9.4 was measured against them: it is as fast (0.4 s for 77 MB),
-// but fsck.vfat complains about each directory's ".." and about empty files, and short
-// names can collide. The partition table is written by go-diskfs, except for the
-// protective MBR, whose length it truncates on disks over 2 TiB.
+// writer of go-diskfs 1.9.4 was measured against them with 317 files of 62 MB: it takes
+// 1.6 s, not 0.6 s, gives loader.conf and loader.config the same short name, and
+// fsck.vfat objects to that, to the ".." of directories and to empty files. The partition
+// table is written by go-diskfs, except for the protective MBR, whose length it truncates
+// on disks over 2 TiB.
 //
 // What a disk holds is asked of wipefs, partx and blkid (util-linux): no parser of
 // partition tables or superblocks is better tried than libblkid.

@@ -236,8 +236,8 @@ var errPairs = errors.New(`want KEY="VALUE" with \xHH for special characters`)
 
 // parsePairs reads a line of KEY="VALUE" pairs with a space between, as util-linux prints
 // them: bytes that are not printable or mean something to a shell are \xHH.
-func parsePairs(line string) (map[string]string, error) {
-	pairs := map[string]string{}
+func parsePairs(line string) (pairs map[string]string, err error) {
+	pairs = map[string]string{}
 	for rest := line; rest != ""; {
 		key, value, ok := strings.Cut(rest, `="`)
 		if !ok || key == "" {
@@ -247,27 +247,33 @@ func parsePairs(line string) (map[string]string, error) {
 		if !ok {
 			return nil, fmt.Errorf("got %q: %w", line, errPairs)
 		}
-		var b strings.Builder
-		for {
-			plain, escaped, found := strings.Cut(value, `\`)
-			b.WriteString(plain)
-			if !found {
-				break
-			}
-			if len(escaped) < 3 || escaped[0] != 'x' {
-				return nil, fmt.Errorf("got %q: %w", value, errPairs)
-			}
-			n, err := strconv.ParseUint(escaped[1:3], 16, 8)
-			if err != nil {
-				return nil, fmt.Errorf("got %q: %w", value, errPairs)
-			}
-			b.WriteByte(byte(n))
-			value = escaped[3:]
+		if pairs[key], err = unescape(value); err != nil {
+			return nil, err
 		}
-		pairs[key] = b.String()
 		rest = strings.TrimPrefix(rest, " ")
 	}
 	return pairs, nil
+}
+
+// unescape gives \xHH its meaning.
+func unescape(value string) (string, error) {
+	var b strings.Builder
+	for {
+		plain, escaped, found := strings.Cut(value, `\`)
+		b.WriteString(plain)
+		if !found {
+			return b.String(), nil
+		}
+		if len(escaped) < 3 || escaped[0] != 'x' {
+			return "", fmt.Errorf("got %q: %w", value, errPairs)
+		}
+		n, err := strconv.ParseUint(escaped[1:3], 16, 8)
+		if err != nil {
+			return "", fmt.Errorf("got %q: %w", value, errPairs)
+		}
+		b.WriteByte(byte(n))
+		value = escaped[3:]
+	}
 }
 
 // probe asks blkid what is in a partition.
@@ -275,7 +281,7 @@ func (p *Partition) probe(ctx context.Context, path string, size int64) error {
 	if p.Start < 0 || p.Size <= 0 || p.Start >= size {
 		return nil // a table that lies, or is for a larger disk
 	}
-	out, err := run(ctx, "blkid", "--probe", "--output", "export", "--usages", "filesystem,raid,crypto,other",
+	out, err := run(ctx, "blkid", "--probe", "--output", "udev", "--usages", "filesystem,raid,crypto,other",
 		"--offset", strconv.FormatInt(p.Start, 10), "--size", strconv.FormatInt(min(p.Size, size-p.Start), 10), path)
 	switch exitStatus(err) {
 	case 2: // nothing known
@@ -289,13 +295,17 @@ func (p *Partition) probe(ctx context.Context, path string, size int64) error {
 	}
 	for line := range strings.Lines(string(out)) {
 		key, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), "=")
+		// The plain forms have no more than is safe in a file's name.
 		switch key {
-		case "TYPE":
+		case "ID_FS_TYPE":
 			p.FS = FS(value)
-		case "UUID":
-			p.FSUUID = value
-		case "LABEL":
-			p.Label = strings.ReplaceAll(value, `\`, "")
+		case "ID_FS_UUID_ENC":
+			p.FSUUID, err = unescape(value)
+		case "ID_FS_LABEL_ENC":
+			p.Label, err = unescape(value)
+		}
+		if err != nil {
+			return fmt.Errorf("reading the output of blkid: %w", err)
 		}
 	}
 	return nil
