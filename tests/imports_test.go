@@ -30,7 +30,7 @@ var allowed = map[string][]string{
 	"converter":                 {"converter/*"},
 	"registry":                  {"converter/fsverity"},
 	"hostdeploy/bootloader/bls": nil,
-	"hostdeploy":                {"converter/*", "hostdeploy/*"},
+	"hostdeploy":                {"converter", "converter/*", "hostdeploy/*"},
 	"hostdeploy/*":              {"converter/*", "hostdeploy/*"},
 	"snapshotter":               {"converter", "converter/*"},
 	"snapshotter/*":             {"converter", "converter/*", "snapshotter"},
