@@ -107,11 +107,9 @@ func (p *preparation) removeFiles(what, why string, files []entry) error {
 	} else {
 		what = files[0].path
 	}
-	if !p.will(Remove, what, "", why) {
-		return nil
-	}
+	p.will(Remove, what, "", why)
 	for _, en := range files {
-		if err := p.root.Remove(en.path); err != nil {
+		if err := p.remove(en.path); err != nil {
 			return err
 		}
 	}
@@ -144,6 +142,10 @@ func (p *preparation) below(ctx context.Context, dir string) ([]entry, error) {
 // emptyDir removes what is in a directory but for what is mounted there and /run/lock,
 // which programs expect in containers, too.
 func (p *preparation) emptyDir(dir string) error {
+	fi, err := p.lstat(dir)
+	if err != nil || fi == nil || !fi.IsDir() {
+		return err
+	}
 	entries, err := p.list(dir)
 	if err != nil {
 		return err
@@ -225,4 +227,3 @@ func buildName(name string) string {
 	}
 	return ""
 }
-

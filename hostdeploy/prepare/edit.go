@@ -22,6 +22,9 @@ type editor struct {
 	root   *os.Root
 	check  bool
 	report *Report
+	// gone are the paths that would have been removed: to later steps of a check they are
+	// not there.
+	gone map[string]bool
 }
 
 // will notes a change and reports whether to make it.
@@ -86,6 +89,9 @@ func (e *editor) list(dir string) ([]entry, error) {
 	entries := make([]entry, 0, len(names))
 	for _, name := range names {
 		en := entry{path: path.Join(dir, name)}
+		if e.gone[en.path] {
+			continue
+		}
 		if en.FileInfo, err = e.root.Lstat(en.path); err != nil {
 			return nil, err
 		}
@@ -116,9 +122,10 @@ func (e *editor) mounted(name string) (bool, error) {
 	return isMount(f, path.Base(name))
 }
 
-// makeDir makes a directory, and those above it, where there is none.
+// makeDir makes a directory, and those above it, where there is none. A link stays,
+// wherever it leads.
 func (e *editor) makeDir(name string, mode fs.FileMode) error {
-	if ok, err := e.exists(name); ok || err != nil {
+	if fi, err := e.lstat(name); fi != nil || err != nil {
 		return err
 	}
 	if !e.will(Make, name, "", "") {
@@ -239,10 +246,7 @@ func (e *editor) removeAll(en entry) (n int, gone bool, err error) {
 		return 0, false, nil
 	}
 	if !en.IsDir() {
-		if e.check {
-			return 1, true, nil
-		}
-		return 1, true, e.root.Remove(en.path)
+		return 1, true, e.remove(en.path)
 	}
 	children, err := e.list(en.path)
 	if err != nil {
@@ -257,10 +261,19 @@ func (e *editor) removeAll(en entry) (n int, gone bool, err error) {
 			return n, false, err
 		}
 	}
-	if gone && !e.check {
-		err = e.root.Remove(en.path)
+	if gone {
+		err = e.remove(en.path)
 	}
 	return n, gone, err
+}
+
+// remove removes what a change that was noted already is about.
+func (e *editor) remove(name string) error {
+	if e.check {
+		e.gone[name] = true
+		return nil
+	}
+	return e.root.Remove(name)
 }
 
 // move moves a directory to another path, into the directory that may be there. It does

@@ -92,7 +92,7 @@ func (p *preparation) removeStale(ctx context.Context, v *variableTree) error {
 			return err
 		}
 		// Directories that were made for it.
-		for dir := path.Dir(en.path); dir != factory && p.root.Remove(dir) == nil; {
+		for dir := path.Dir(en.path); dir != factory && !wanted[dir] && p.root.Remove(dir) == nil; {
 			dir = path.Dir(dir)
 		}
 	}

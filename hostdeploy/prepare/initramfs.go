@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path"
@@ -98,9 +99,14 @@ func (p *preparation) build(ctx context.Context, initrd string, hook bool, comma
 			return nil
 		}
 	}
-	boot, err := p.root.Stat("boot")
-	if err != nil {
-		return err
+	// Directories in which the program has made files and removed them again.
+	dirs := map[string]fs.FileInfo{}
+	for _, dir := range []string{"boot", "tmp", "var/tmp"} {
+		if fi, err := p.lstat(dir); err != nil {
+			return err
+		} else if fi != nil && fi.IsDir() {
+			dirs[dir] = fi
+		}
 	}
 	if err := p.runIn(ctx, command); err != nil {
 		return fmt.Errorf("%w: %w", ErrInitramfs, err)
@@ -121,7 +127,12 @@ func (p *preparation) build(ctx context.Context, initrd string, hook bool, comma
 		if err := p.like(name, before); err != nil {
 			return err
 		}
-		return p.like("boot", boot)
+		for dir, fi := range dirs {
+			if err := p.like(dir, fi); err != nil {
+				return err
+			}
+		}
+		return nil
 	}
 	if hook {
 		p.will(Rebuild, name, "", "with Particle's set-up of the root")

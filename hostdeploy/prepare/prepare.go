@@ -112,7 +112,7 @@ func run(ctx context.Context, o Options, check bool) (*Report, error) {
 		return r, fmt.Errorf("opening the tree: %w", err)
 	}
 	defer root.Close()
-	e := &editor{root: root, check: check, report: r}
+	e := &editor{root: root, check: check, report: r, gone: map[string]bool{}}
 	p := &preparation{editor: e, o: o}
 	if !check {
 		if err := refuseRunning(o.Root, "/"); err != nil {

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 )
 
 // sysusersConf has the image's users and groups with the numbers that its files have.
@@ -204,7 +206,7 @@ func sysusers(a *accounts, others map[string]string) (text string, odd []string)
 		if u.uid == 0 || others["u "+u.name] == id {
 			continue
 		}
-		fmt.Fprintf(&b, "u %s %s:%s %s %s %s\n", u.name, id, a.groupName(u.gid), quoteField(u.gecos), quoteField(u.home), quoteField(u.shell))
+		fmt.Fprintf(&b, "u %s %s:%s %s %s %s\n", u.name, id, a.groupName(u.gid), quoteField(u.gecos), pathField(u.home), pathField(u.shell))
 	}
 	for _, g := range groups {
 		members := slices.Sorted(slices.Values(g.members))
@@ -224,10 +226,19 @@ func compareIDs(a, b uint32, nameA, nameB string) int {
 	return strings.Compare(nameA, nameB)
 }
 
-// quoteField writes a field of sysusers.d: quotes where needed, "%" doubled, "-" for an
-// empty one.
+// pathField writes the home or the shell of a user; systemd-sysusers takes none but
+// absolute paths.
+func pathField(s string) string {
+	if !strings.HasPrefix(s, "/") {
+		return "-"
+	}
+	return quoteField(s)
+}
+
+// quoteField writes a field of sysusers.d: quotes where needed, "%" doubled, "-" for one
+// that is empty or has what systemd-sysusers does not take.
 func quoteField(s string) string {
-	if s == "" {
+	if s == "" || !utf8.ValidString(s) || strings.ContainsFunc(s, unicode.IsControl) {
 		return "-"
 	}
 	s = strings.ReplaceAll(s, "%", "%%")

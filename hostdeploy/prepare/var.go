@@ -45,7 +45,7 @@ const largeFactory = 64 << 20
 type variableTree struct {
 	lines  []tmpfile
 	copies []entry // into the factory, directories before what is in them
-	roots  []string
+	above  map[string]bool
 	odd    []string
 	size   int64
 }
@@ -60,8 +60,8 @@ func (p *preparation) variable(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	v := &variableTree{}
-	if err := p.collect(ctx, v, "var", a, declared); err != nil {
+	v := &variableTree{above: map[string]bool{}}
+	if err := p.collect(ctx, v, "var", nil, a, declared); err != nil {
 		return err
 	}
 	if len(v.odd) > 0 {
@@ -107,8 +107,9 @@ func (p *preparation) declared() (map[string]bool, error) {
 	return paths, nil
 }
 
-// collect goes through a directory of /var, in the order of names.
-func (p *preparation) collect(ctx context.Context, v *variableTree, dir string, a *accounts, declared map[string]bool) error {
+// collect goes through a directory of /var, in the order of names. above are the
+// directories that lead to it.
+func (p *preparation) collect(ctx context.Context, v *variableTree, dir string, above []entry, a *accounts, declared map[string]bool) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -159,11 +160,18 @@ func (p *preparation) collect(ctx context.Context, v *variableTree, dir string, 
 		if !declared[name] {
 			v.lines = append(v.lines, l)
 			if l.kind == "C" {
-				v.copies, v.roots, v.size = append(v.copies, en), append(v.roots, path.Join(factory, en.path)), v.size+en.Size()
+				// Who may not read a file for its directory's sake may not read the copy.
+				for _, dir := range above {
+					if !v.above[dir.path] {
+						v.above[dir.path] = true
+						v.copies = append(v.copies, dir)
+					}
+				}
+				v.copies, v.size = append(v.copies, en), v.size+en.Size()
 			}
 		}
 		if en.IsDir() && !en.mount {
-			if err := p.collect(ctx, v, en.path, a, declared); err != nil {
+			if err := p.collect(ctx, v, en.path, append(above[:len(above):len(above)], en), a, declared); err != nil {
 				return err
 			}
 		}
@@ -192,7 +200,6 @@ func (p *preparation) seed(ctx context.Context, v *variableTree, dir entry) (boo
 		}
 	}
 	root := path.Join(factory, dir.path)
-	v.roots = append(v.roots, root)
 	v.lines = append(v.lines, tmpfile{kind: "C", path: "/" + dir.path, argument: "/" + root})
 	return true, nil
 }
