@@ -381,7 +381,9 @@ func TestContainerdPull(t *testing.T) {
 	pull := func(ref string) containerd.Image {
 		t.Helper()
 		img, err := client.Pull(ctx, ref, containerd.WithPullUnpack, containerd.WithPullSnapshotter("particle"),
-			containerd.WithResolver(docker.NewResolver(docker.ResolverOptions{PlainHTTP: true})))
+			containerd.WithResolver(docker.NewResolver(docker.ResolverOptions{
+				Hosts: docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchLocalhost)),
+			})))
 		if err != nil {
 			t.Fatal(err)
 		}

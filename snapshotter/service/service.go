@@ -252,8 +252,15 @@ func Listen(path string) (net.Listener, error) {
 	case err == nil:
 		conn.Close()
 		return nil, fmt.Errorf("listening on %q: %w: another process answers there", path, syscall.EADDRINUSE)
-	case errors.Is(err, syscall.ECONNREFUSED):
-		if err := os.Remove(path); err != nil {
+	case errors.Is(err, syscall.ECONNREFUSED): // also said of a plain file
+		fi, err := os.Lstat(path)
+		if err == nil && fi.Mode().Type() != os.ModeSocket {
+			err = fmt.Errorf("listening on %q: it is no socket: %w", path, os.ErrExist)
+		}
+		if err == nil {
+			err = os.Remove(path)
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
