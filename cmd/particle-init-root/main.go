@@ -23,6 +23,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -80,6 +81,19 @@ func inInitramfs() bool {
 	return err == nil && (st.Type == unix.RAMFS_MAGIC || st.Type == unix.TMPFS_MAGIC)
 }
 
+// onlyDeployments reports whether a physical root has a store and no system of its own.
+func onlyDeployments(root string) bool {
+	if _, err := os.Stat(filepath.Join(root, "composefs/meta.json")); err != nil {
+		return false
+	}
+	for _, name := range []string{"sbin/init", "etc/init", "bin/init", "bin/sh"} {
+		if _, err := os.Lstat(filepath.Join(root, name)); err == nil {
+			return false
+		}
+	}
+	return true
+}
+
 func boot(ctx context.Context, o initramfs.Options) int {
 	var console initramfs.Console
 	line, err := os.ReadFile("/proc/cmdline")
@@ -99,6 +113,9 @@ func boot(ctx context.Context, o initramfs.Options) int {
 		}
 	}
 	if errors.Is(err, initramfs.ErrNotDeployed) {
+		if onlyDeployments(o.Root) {
+			console.Error("this disk has nothing to boot but deployments, and the kernel command line names none: add composefs.digest=…, or choose another entry in the boot menu")
+		}
 		return initramfs.ExitNothing
 	}
 	console.Error("the system cannot be booted: " + err.Error())

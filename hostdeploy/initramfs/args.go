@@ -3,6 +3,7 @@ package initramfs
 import (
 	"fmt"
 	"iter"
+	"os"
 	"path"
 	"strconv"
 	"strings"
@@ -34,6 +35,16 @@ type Image struct {
 	Digest fsverity.Digest
 	// Insecure lets it boot where the kernel cannot check it by fs-verity.
 	Insecure bool
+}
+
+// ShellAllowed reports whether a shell may come when the boot fails: where the image
+// says so, by [ShellMark] in the initramfs, or the command line.
+func ShellAllowed(cmdline string) bool {
+	if a, _ := ParseArgs(cmdline); a.Shell {
+		return true
+	}
+	_, err := os.Stat(ShellMark)
+	return err == nil
 }
 
 // formats are the beginnings of composefs.digest= that this program mounts.

@@ -137,3 +137,18 @@ poweroff -f
 		}
 	}
 }
+
+// TestBootDamaged has an object that was changed before it got fs-verity: the system
+// boots without it, and the store promises nothing.
+func TestBootDamaged(t *testing.T) {
+	v := newVM(t)
+	d := newDisk(t)
+	large := strings.Repeat("large", 5000)
+	image := d.deploy(t, vmSystemTree(t, system{"usr/share/large": large}))
+	d.write(t, verityMark, "")
+	d.tamper(t, object(large))
+	name := fsverity.Sum(fsverity.SHA256, []byte(large)).Path()
+	out := v.boot(t, ext4(t, d.dir, "64M", "-O", "verity"), secure(image), "")
+	want(t, out, "VM-STATUS 0", `"verification": "enforced"`, `"complete": false`, name, "1 objects of the store are damaged",
+		"VM-READ large bad", "VM-READ second-file good", "VM-MARK still there")
+}

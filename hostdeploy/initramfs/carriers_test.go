@@ -5,7 +5,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -105,20 +104,27 @@ func bootCarriers(t *testing.T, kernel, initrd, by string) {
 	wantNot(t, out, "VM-SYSTEM", "(initramfs)", "Entering emergency mode")
 }
 
+// needSlow skips what takes minutes: dracut packs for one, and systemd starts twice.
+func needSlow(t *testing.T) {
+	t.Helper()
+	if os.Getenv("PARTICLE_TEST_SLOW") == "" {
+		t.Skip("takes minutes: set PARTICLE_TEST_SLOW=1")
+	}
+}
+
 func TestInitramfsTools(t *testing.T) {
 	kernel, initrd := makeInitramfs(t, "localhost/server", "mkinitramfs -o /out/initrd $version", nil)
 	bootCarriers(t, kernel, initrd, "initramfs-tools")
 }
 
 func TestDracut(t *testing.T) {
+	needSlow(t)
 	kernel, initrd := makeInitramfs(t, "localhost/server-dracut", "dracut --no-hostonly --force /out/initrd $version", nil)
 	bootCarriers(t, kernel, initrd, "dracut")
 }
 
 func TestDracutWithoutSystemd(t *testing.T) {
-	if !strings.Contains(os.Getenv("PARTICLE_TEST_SLOW"), "1") {
-		t.Skip("one more generator: set PARTICLE_TEST_SLOW=1")
-	}
+	needSlow(t)
 	kernel, initrd := makeInitramfs(t, "localhost/server-dracut",
 		"dracut --no-hostonly --force --omit 'systemd systemd-initrd dracut-systemd' /out/initrd $version", nil)
 	bootCarriers(t, kernel, initrd, "dracut")

@@ -42,6 +42,8 @@ func (s *setup) enableVerity(ctx context.Context, st *store.Store, img Image) er
 	e, err := EnableVerity(ctx, st, s.o.Progress)
 	switch {
 	case err != nil && img.Insecure && ctx.Err() == nil:
+		// Some objects may have it and others not: verity=require would hide the latter.
+		s.noVerity = true
 		s.warn("the store was filled without fs-verity, and it could not be enabled: %v", err)
 		return nil
 	case errors.Is(err, fsverity.ErrUnsupported):

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -154,4 +155,16 @@ func kernelRelease() string {
 		return ""
 	}
 	return unix.ByteSliceToString(u.Release[:])
+}
+
+// Describe says in words what a report is about.
+func Describe(r *Report) string {
+	if r.Manifest != "" {
+		return fmt.Sprintf("%d layers of %s", len(r.Layers), r.Manifest)
+	}
+	hex, n, again := strings.Cut(r.Deployment, ".")
+	if again {
+		n = "." + n
+	}
+	return "deployment " + hex[:min(12, len(hex))] + n
 }

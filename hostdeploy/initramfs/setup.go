@@ -110,6 +110,8 @@ type setup struct {
 	args   *Args
 	report *Report
 
+	noVerity bool // the store has fs-verity in parts, at best
+
 	phys   *os.File // the physical root, O_PATH
 	root   *os.File // the new root, a detached mount
 	mounts []placed
@@ -229,7 +231,10 @@ func (s *setup) mountImage(st *store.Store, img Image) error {
 		ObjectsChecked: true,
 		Name:           img.Digest.String(),
 	}
-	if img.Insecure {
+	switch {
+	case s.noVerity:
+		o.Verity = mount.VerityOff
+	case img.Insecure:
 		o.Verity = mount.VerityTry
 	}
 	r := s.report
@@ -378,6 +383,10 @@ func (s *setup) checkInit() error {
 	names := []string{"sbin/init", "etc/init", "bin/init", "bin/sh"}
 	if s.args.Init != "" {
 		names = []string{s.args.Init}
+		// What the state has is the state's.
+		if top, _, _ := strings.Cut(strings.TrimLeft(s.args.Init, "/"), "/"); top == "etc" || top == "var" {
+			return nil
+		}
 	}
 	for _, name := range names {
 		fd, err := unix.Openat2(int(s.root.Fd()), strings.TrimLeft(name, "/"), &unix.OpenHow{
@@ -391,7 +400,6 @@ func (s *setup) checkInit() error {
 			}
 			continue
 		}
-		// /etc is the state's later on, so an init below it cannot be judged here.
 		if err == unix.EIO || err == unix.EBADMSG {
 			return fmt.Errorf("%w: opening %q: %w: its object is missing from the store or was changed\nchoose another entry in the boot menu, and run \"particle store fsck --scrub\" there", ErrSystem, "/"+strings.TrimLeft(name, "/"), err)
 		}
@@ -465,26 +473,4 @@ func (s *setup) linkVolatileRoot() {
 			s.warn("telling systemd of the root's device: %v", err)
 		}
 	}
-}
-
-// ShellAllowed reports whether a shell may come when the boot fails: where the image
-// says so, by [ShellMark] in the initramfs, or the command line.
-func ShellAllowed(cmdline string) bool {
-	if a, _ := ParseArgs(cmdline); a.Shell {
-		return true
-	}
-	_, err := os.Stat(ShellMark)
-	return err == nil
-}
-
-// Describe says in words what a report is about.
-func Describe(r *Report) string {
-	if r.Manifest != "" {
-		return fmt.Sprintf("%d layers of %s", len(r.Layers), r.Manifest)
-	}
-	hex, n, again := strings.Cut(r.Deployment, ".")
-	if again {
-		n = "." + n
-	}
-	return "deployment " + hex[:min(12, len(hex))] + n
 }

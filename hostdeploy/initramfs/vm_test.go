@@ -25,8 +25,9 @@ type vm struct {
 	initrd []byte
 }
 
-// vmTime limits a boot: without KVM one takes a few seconds.
-const vmTime = 2 * time.Minute
+// vmTime limits a boot: without KVM one takes from a few seconds to a minute, and
+// longer on a busy machine.
+const vmTime = 5 * time.Minute
 
 // vmModules are loaded in this order, each behind what it depends on.
 var vmModules = []string{"crc32c_generic", "virtio_blk", "ext4", "loop", "erofs", "overlay", "squashfs"}
