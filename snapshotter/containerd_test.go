@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -44,9 +45,9 @@ type realDaemon struct {
 	log     *bytes.Buffer
 }
 
-// startContainerd starts containerd, or skips the test where it is missing. The
-// snapshotter must be served at plugin.
-func startContainerd(t testing.TB, dir, plugin string) *realDaemon {
+// containerdVersion returns the version of the containerd in $PATH, or skips the test
+// where that or what it needs is missing.
+func containerdVersion(t testing.TB) string {
 	t.Helper()
 	for prog, pkg := range map[string]string{"containerd": "containerd", "ctr": "containerd", "runc": "runc"} {
 		if _, err := exec.LookPath(prog); err != nil {
@@ -54,13 +55,20 @@ func startContainerd(t testing.TB, dir, plugin string) *realDaemon {
 		}
 	}
 	out, err := exec.Command("containerd", "--version").Output()
-	if err != nil {
-		t.Fatal(err)
+	f := strings.Fields(string(out))
+	if err != nil || len(f) < 3 {
+		t.Fatalf("containerd --version: %q, %v", out, err)
 	}
-	d := &realDaemon{t: t, dir: dir, socket: filepath.Join(dir, "containerd.sock"), log: &bytes.Buffer{}}
-	if f := strings.Fields(string(out)); len(f) > 2 {
-		d.version = strings.TrimPrefix(f[2], "v")
-	}
+	return strings.TrimPrefix(f[2], "v")
+}
+
+// hasDiffProxy reports whether a release of containerd has proxies of differs.
+func hasDiffProxy(version string) bool { return !strings.HasPrefix(version, "1.6.") }
+
+// startContainerd starts containerd. The snapshotter must be served at plugin.
+func startContainerd(t testing.TB, dir, plugin string) *realDaemon {
+	t.Helper()
+	d := &realDaemon{t: t, dir: dir, socket: filepath.Join(dir, "containerd.sock"), log: &bytes.Buffer{}, version: containerdVersion(t)}
 	config := fmt.Sprintf(`version = 2
 root = %q
 state = %q
@@ -71,9 +79,20 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"
   type = "snapshot"
   address = %q
 `, filepath.Join(dir, "croot"), filepath.Join(dir, "cstate"), d.socket, plugin)
-	if !d.is16() {
-		config += fmt.Sprintf("  capabilities = [\"rebase\"]\n[proxy_plugins.particle-diff]\n  type = \"diff\"\n  address = %q\n"+
-			"[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"particle-diff\", \"walking\"]\n", plugin)
+	if hasDiffProxy(d.version) {
+		config += fmt.Sprintf(`  capabilities = ["rebase"]
+[proxy_plugins.particle-diff]
+  type = "diff"
+  address = %q
+[plugins."io.containerd.service.v1.diff-service"]
+  default = ["particle-diff", "walking"]
+[plugins."io.containerd.transfer.v1.local"]
+  max_concurrent_unpacks = 3
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux/%s"
+  snapshotter = "particle"
+  differ = "particle-diff"
+`, plugin, runtime.GOARCH)
 	}
 	path := filepath.Join(dir, "config.toml")
 	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
@@ -95,9 +114,6 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"
 	}
 	return d
 }
-
-// is16 reports whether this is a release without proxies of differs.
-func (d *realDaemon) is16() bool { return strings.HasPrefix(d.version, "1.6.") }
 
 func (d *realDaemon) stop() {
 	if d.cmd.ProcessState != nil {
@@ -300,7 +316,7 @@ func plugin(t testing.TB, dir string, o snapshotter.Options) (*env, string) {
 func TestContainerd(t *testing.T) {
 	requireMounts(t)
 	dir := t.TempDir()
-	e, socket := plugin(t, dir, snapshotter.Options{})
+	e, socket := plugin(t, dir, snapshotter.Options{Differ: hasDiffProxy(containerdVersion(t))})
 	d := startContainerd(t, dir, socket)
 	t.Logf("containerd %s", d.version)
 	i := runnable(t)
@@ -368,7 +384,7 @@ func TestContainerd(t *testing.T) {
 func TestContainerdPull(t *testing.T) {
 	requireMounts(t)
 	dir := t.TempDir()
-	e, socket := plugin(t, dir, snapshotter.Options{})
+	e, socket := plugin(t, dir, snapshotter.Options{Differ: hasDiffProxy(containerdVersion(t))})
 	d := startContainerd(t, dir, socket)
 	reg := newRegistry(t)
 	host := strings.TrimPrefix(reg.URL, "http://")

@@ -48,6 +48,10 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	if err != nil {
 		return nil, err
 	}
+	size, err := parseMaxSize(base.Labels)
+	if err != nil {
+		return nil, err
+	}
 	defer s.lock(keyLock(key))()
 	remote := s.asked(kind, key, parent, base.Labels)
 	if remote != nil {
@@ -68,6 +72,11 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 			}
 		}
 	}()
+	if size > 0 && kind == snapshots.KindActive {
+		if err := s.limit(a.id, size); err != nil {
+			return nil, err
+		}
+	}
 	if remote != nil {
 		if err := s.provide(ctx, a, remote); err != nil {
 			return nil, err

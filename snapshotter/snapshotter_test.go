@@ -14,14 +14,12 @@ import (
 	"syscall"
 	"testing"
 
-	cmount "github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/particle-os/particle/converter"
 	"github.com/particle-os/particle/converter/mount"
-	"github.com/particle-os/particle/converter/store"
 	"github.com/particle-os/particle/converter/tree"
 	"github.com/particle-os/particle/snapshotter"
 )
@@ -355,58 +353,4 @@ func TestUserNamespace(t *testing.T) {
 		}
 	}
 	e.removeAll(t)
-}
-
-// TestFullDisk runs out of space in each operation and then has it again.
-func TestFullDisk(t *testing.T) {
-	requireMounts(t)
-	dir := t.TempDir()
-	// Overlays want xattrs, so a filesystem of files: tmpfs has trusted.* since ever.
-	m := cmount.Mount{Type: "tmpfs", Source: "tmpfs", Options: []string{"size=8m"}}
-	if err := m.Mount(dir); err != nil {
-		t.Fatal(err)
-	}
-	defer cmount.UnmountAll(dir, 0)
-	ctx := t.Context()
-	e, err := open(ctx, dir, snapshotter.Options{Log: quiet(t)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	parent := stack(ctx, t, e, "image", base)
-	failed := 0
-	for i := range 40 {
-		name := fmt.Sprint("n", i)
-		mounts, err := e.Prepare(ctx, name+"-active", parent)
-		if err == nil {
-			_ = os.WriteFile(filepath.Join(upperOf(t, mounts), name), bytes.Repeat([]byte(name), 200_000), 0o644)
-			if err = e.Commit(ctx, name, name+"-active"); err == nil {
-				_, err = e.View(ctx, name+"-view", name)
-				parent = name
-			}
-		}
-		if err != nil {
-			if failed++; failed > 5 {
-				break
-			}
-			if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, store.ErrNoSpace) {
-				t.Fatalf("got %v, want an error about space", err)
-			}
-		}
-	}
-	if failed == 0 {
-		t.Fatal("the disk did not fill up")
-	}
-	checkStore(t, e.store)
-	if err := cmount.All([]cmount.Mount{{Type: "tmpfs", Source: "tmpfs", Options: []string{"remount", "size=64m"}}}, dir); err != nil {
-		t.Fatal(err)
-	}
-	view, err := e.View(ctx, "after", parent)
-	if err != nil {
-		t.Fatal(err)
-	}
-	look(t, view)
-	e.removeAll(t)
-	if err := snapshotter.UnmountAll(e.root); err != nil {
-		t.Error(err)
-	}
 }
