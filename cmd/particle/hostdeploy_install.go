@@ -28,11 +28,11 @@ func newInstallCommand(t *term) *cli.Command {
 				Usage:     "partition a disk, or a disk's image file, and install to it",
 				ArgsUsage: "DEVICE|FILE",
 				Description: "A GUID partition table with what the boot loader needs, a boot file system and a root.\n" +
-					"A FILE that does not exist is made with --size. What is on the disk is kept unless\n" +
-					"--wipe says otherwise.",
+					"A FILE that does not exist is made with --size. A disk that holds anything is refused\n" +
+					"without --wipe.",
 				Flags: append(installFlags(),
 					&cli.StringFlag{Name: "size", Value: "8G", Usage: "make a FILE of `BYTES` (k, M, G, T)"},
-					&cli.StringFlag{Name: "boot-size", Usage: "give the boot file system `BYTES` (default: 1G, or less on a small disk)"},
+					&cli.StringFlag{Name: "boot-size", Usage: "give the boot file system `BYTES` (default: 512M)"},
 					&cli.StringFlag{Name: "filesystem", Value: "ext4", Usage: "of the root: `ext4|btrfs|xfs`"},
 					&cli.BoolFlag{Name: "wipe", Usage: "overwrite what is on the disk"}),
 				Action: func(c *cli.Context) error {
