@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -20,11 +21,10 @@ const bootLimit = 8 * time.Minute
 
 // Patterns of the console.
 var (
-	loginPrompt  = regexp.MustCompile(`login: `)
-	kernelPanic  = regexp.MustCompile(`Kernel panic - not syncing`)
-	kernelStart  = regexp.MustCompile(`Linux version [0-9]`)
-	cannotBoot   = regexp.MustCompile(`the system cannot be booted: .*`)
-	emergencyArg = regexp.MustCompile(`emergency mode`)
+	loginPrompt = regexp.MustCompile(`login: `)
+	kernelPanic = regexp.MustCompile(`Kernel panic - not syncing`)
+	kernelStart = regexp.MustCompile(`Linux version [0-9]`)
+	cannotBoot  = regexp.MustCompile(`the system cannot be booted: .*`)
 )
 
 // A loader is a way of starting a machine: firmware and boot loader.
@@ -287,13 +287,24 @@ func (m *machine) good() {
 // registry of its own machine as far as rules about plain HTTP go.
 func (m *machine) registry() {
 	m.t.Helper()
-	port := server.Addr()[strings.LastIndexByte(server.Addr(), ':')+1:]
-	m.sh(`systemctl is-active -q test-registry || {
-		for i in $(seq 120); do ip route get 10.0.2.2 >/dev/null 2>&1 && break; sleep 0.5; done
-		systemd-run -q --unit=test-registry systemd-socket-activate -l 127.0.0.1:5000 /usr/lib/systemd/systemd-socket-proxyd 10.0.2.2:%s
-		for i in $(seq 120); do ss -Hltn 'sport = :5000' | grep -q . && exit 0; sleep 0.5; done
+	m.sh("%s", registryScript(m.t))
+}
+
+func registryScript(t testing.TB) string {
+	t.Helper()
+	if server == nil {
+		t.Fatal("no image has been pushed")
+	}
+	_, port, err := net.SplitHostPort(server.Addr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return `systemctl is-active -q test-registry || {
+		for i in $(seq 240); do ip route get 10.0.2.2 >/dev/null 2>&1 && break; sleep 0.5; done
+		systemd-run -q --unit=test-registry systemd-socket-activate -l 127.0.0.1:5000 /usr/lib/systemd/systemd-socket-proxyd 10.0.2.2:` + port + `
+		for i in $(seq 240); do ss -Hltn 'sport = :5000' | grep -q . && exit 0; sleep 0.5; done
 		exit 1
-	}`, port)
+	}`
 }
 
 // literal is a pattern of just this text.
