@@ -5,7 +5,7 @@
 // device at its offset: nodes of partitions come late, and in containers not at all, and
 // the kernel need not understand the partition table. The loop devices free themselves
 // when the last user is gone, so a killed process leaves at most mounts, which the next
-// run on the same disk takes away.
+// run on the same disk takes away; after [Isolate] it leaves nothing.
 //
 // The ESP is not mounted, since kernels without vfat install too: its directory is a
 // memory file system of the ESP's size, which [Disk.Finish] copies into a FAT. The FAT is

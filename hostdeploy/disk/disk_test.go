@@ -34,7 +34,7 @@ func need(t *testing.T, programs ...string) {
 		if pkg == "" {
 			pkg = map[string]string{
 				"sgdisk": "gdisk", "sfdisk": "fdisk", "e2fsck": "e2fsprogs", "tune2fs": "e2fsprogs", "btrfs": "btrfs-progs",
-				"xfs_repair": "xfsprogs", "mtype": "mtools", "losetup": "mount", "dmsetup": "dmsetup",
+				"xfs_repair": "xfsprogs", "mtype": "mtools", "losetup": "mount", "unshare": "util-linux",
 			}[p]
 		}
 		if _, err := lookPath(p); err != nil {

@@ -82,7 +82,7 @@ func (l *loop) close() error {
 		info, ierr := loopInfo(l.path)
 		return ierr != nil || info.Device != l.info.Device || info.Inode != l.info.Inode || info.Offset != l.info.Offset
 	}) {
-		err = errors.Join(err, fmt.Errorf("%w: %s does not become free", ErrBusy, l.path))
+		err = errors.Join(err, fmt.Errorf("%w: %s does not become free; it may be mounted in another namespace, as in a container", ErrBusy, l.path))
 	}
 	return err
 }

@@ -17,8 +17,8 @@ import (
 // disk's key follows.
 const mountSource = "particle-disk:"
 
-// mounts are what is mounted of one disk: a directory in memory that no other namespace
-// gets to see the inside of, and the file systems in it.
+// mounts are what is mounted of one disk: a directory in memory, for root only, and the
+// file systems in it.
 type mounts struct {
 	base  string
 	names []string
@@ -35,7 +35,7 @@ func newMounts(key string) (*mounts, error) {
 		return nil, fmt.Errorf("mounting a private directory: %w", err)
 	}
 	m := &mounts{base: base}
-	// What is mounted inside must not spread to other namespaces, which would keep it.
+	// What is mounted inside must not spread to other namespaces.
 	if err := unix.Mount("", base, "", unix.MS_PRIVATE, ""); err != nil {
 		return nil, errors.Join(fmt.Errorf("making %q private: %w", base, err), m.close(true))
 	}
@@ -63,7 +63,9 @@ func (m *mounts) add(name, source, kind string, flags uintptr, data string) erro
 	return nil
 }
 
-// close unmounts all, the last first. What somebody still uses gives ErrBusy; with force
+// close unmounts all, the last first. A namespace that was made meanwhile, as service
+// managers and container engines do, has copies of all mounts: they go when the directory
+// is removed (vfs_rmdir of Linux detaches what is mounted on it anywhere). What somebody still uses gives ErrBusy; with force
 // it goes out of sight all the same, and away when the user does.
 func (m *mounts) close(force bool) (err error) {
 	if m == nil || m.base == "" {

@@ -2,10 +2,8 @@ package disk
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -13,94 +11,10 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
-
-// killEnv names the disk that this program shall make until it is killed.
-const killEnv = "PARTICLE_DISK_TEST_KILL"
-
-func TestMain(m *testing.M) {
-	if path := os.Getenv(killEnv); path != "" {
-		if err := makeDisk(context.Background(), path, true); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
-	os.Exit(m.Run())
-}
-
-// makeDisk makes a small disk with a file on each file system.
-func makeDisk(ctx context.Context, path string, wipe bool) error {
-	d, err := Create(ctx, path, Options{Layout: efi, Size: 512 << 20, BootSize: 64 << 20, Wipe: wipe})
-	if err != nil {
-		return err
-	}
-	for _, dir := range []string{d.Root(), d.Boot()} {
-		if err := os.WriteFile(filepath.Join(dir, "file"), noise(1, 1<<20), 0o644); err != nil {
-			return errors.Join(err, d.Close())
-		}
-	}
-	return errors.Join(d.Finish(ctx), d.Close())
-}
-
-// TestKill kills a run at many moments. The next one refuses what is half made, or wipes it.
-func TestKill(t *testing.T) {
-	needLoops(t)
-	need(t, "mkfs.vfat", "mcopy", "e2fsck", "fsck.vfat")
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	path := filepath.Join(t.TempDir(), "disk.img")
-	refused, kills := 0, 0
-	for delay, ended := 10*time.Millisecond, false; !ended && delay < 20*time.Second; delay += delay/4 + 10*time.Millisecond {
-		os.Remove(path)
-		cmd := exec.Command(exe)
-		cmd.Env = append(os.Environ(), killEnv+"="+path)
-		var msg bytes.Buffer
-		cmd.Stderr = &msg
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		timer := time.AfterFunc(delay, func() { cmd.Process.Kill() })
-		err := cmd.Wait()
-		timer.Stop()
-		if ended = err == nil; ended {
-			break
-		}
-		if msg.Len() > 0 {
-			t.Fatalf("after %v: %s", delay, msg.String())
-		}
-		kills++
-		switch err := makeDisk(t.Context(), path, false); {
-		case errors.Is(err, ErrNotEmpty):
-			refused++
-		case err != nil && !errors.Is(err, ErrBusy): // busy with a program that is just being killed
-			t.Errorf("killed after %v: %v", delay, err)
-		}
-		if err := makeDisk(t.Context(), path, true); err != nil {
-			t.Fatalf("killed after %v, and then wiped: %v", delay, err)
-		}
-		c, err := Inspect(t.Context(), path)
-		if err != nil || len(c.Partitions) != 2 || len(c.InUse) > 0 {
-			t.Fatalf("killed after %v: %+v, %v", delay, c, err)
-		}
-		for i, judge := range []string{"fsck.vfat -n", "e2fsck -fn"} {
-			dev, detach := attachPart(t, path, &c.Partitions[i], 512)
-			words := strings.Fields(judge)
-			tool(t, words[0], words[1], dev)
-			detach()
-		}
-	}
-	t.Logf("killed %d times, %d times there was something already", kills, refused)
-	if kills < 5 || refused == 0 {
-		t.Errorf("killed %d times, refused %d times: want more of both", kills, refused)
-	}
-}
 
 // lay puts something on an image of 128 MiB.
 var lay = map[string]func(t *testing.T, path string){
@@ -383,10 +297,8 @@ func TestBusy(t *testing.T) {
 		need(t, "mkfs.vfat", "mcopy")
 		path := filepath.Join(t.TempDir(), "disk.img")
 		d := create(t, path, Options{Layout: efi, Size: 1 << 30})
-		for _, wipe := range []bool{false, true} {
-			if _, err := Create(t.Context(), path, Options{Layout: efi, Wipe: wipe}); !errors.Is(err, ErrBusy) {
-				t.Errorf("got %v, want %v", err, ErrBusy)
-			}
+		if _, err := Create(t.Context(), path, Options{Layout: efi, Wipe: true}); !errors.Is(err, ErrBusy) {
+			t.Errorf("got %v, want %v", err, ErrBusy)
 		}
 		write(t, filepath.Join(d.Root(), "file"), nil)
 		if err := d.Finish(t.Context()); err != nil {

@@ -124,12 +124,12 @@ func (t *target) claim(ctx context.Context) (err error) {
 	if t.lock, err = os.Open(t.path); err != nil {
 		return err
 	}
-	flock := func() bool {
+	// udev holds a shared lock while it probes (https://systemd.io/BLOCK_DEVICE_LOCKING), and
+	// a program that a killed run was just starting has the run's lock until it runs.
+	if !settle(func() bool {
 		err = unix.Flock(int(t.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		return !errors.Is(err, unix.EWOULDBLOCK) || ctx.Err() != nil
-	}
-	// udev holds a shared lock while it probes (https://systemd.io/BLOCK_DEVICE_LOCKING).
-	if !flock() && !(t.device && settle(flock)) {
+	}) {
 		t.created = false // by us, but it is another's now
 		return fmt.Errorf("%w: another program, perhaps an installation, has it locked", ErrBusy)
 	}
