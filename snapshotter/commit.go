@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -164,10 +165,14 @@ func (s *Snapshotter) takeUpper(ctx context.Context, a *active) (_ *tree.Tree, e
 // mayLink reports whether the files of an upper directory can become objects as they
 // are. That holds for unpacked layers, which nobody writes to after Commit; a
 // container, or whoever has it still mounted, could write to its files and so to
-// everybody's.
+// everybody's. Such objects keep their modes, setuid among them, so that nobody but
+// the owner may reach into the store.
 func (s *Snapshotter) mayLink(a *active) (bool, error) {
 	if !isExtract(a.key) {
 		return false, nil
+	}
+	if st, err := os.Stat(s.store.Dir()); err != nil || st.Mode().Perm()&0o077 != 0 {
+		return false, err
 	}
 	used, err := upperInUse(s.upper(a.id))
 	return !used, err
