@@ -164,6 +164,10 @@ func installToDisk(t *term, c *cli.Context, path string) error {
 	if c.Bool("dry-run") {
 		return planDisk(t, c, path, loader, o)
 	}
+	// Whatever happens to this process, no mount of it stays.
+	if err := disk.Isolate(); err != nil {
+		return err
+	}
 	p := &phases{t: t}
 	start := time.Now()
 	d, err := disk.Create(c.Context, path, o)
@@ -250,6 +254,13 @@ func planDisk(t *term, c *cli.Context, path, loader string, o disk.Options) erro
 			Image      string           `json:"image"`
 			Partitions []disk.Partition `json:"partitions"`
 		}{path, loader, c.String("image"), parts})
+	}
+	if have != nil && !have.Empty() {
+		verb := "would be refused without --wipe"
+		if o.Wipe {
+			verb = "would be erased"
+		}
+		t.warnf("what is on %s %s: %s", path, verb, have)
 	}
 	t.printf("partition %s, %s\n", path, size(length))
 	for _, p := range parts {
