@@ -269,16 +269,14 @@ func grubEntry(b *strings.Builder, e *Entry) error {
 // manual, "Quoting"), so only these themselves are put outside.
 func grubQuote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
-var hexEscape = regexp.MustCompile(`\\x[0-9a-fA-F]{2}`)
-
 // grubArgs splits a kernel command line into the arguments of GRUB's "linux".
 //
 // GRUB makes the command line of them again (grub_create_loader_cmdline of
 // grub-core/lib/cmdline.c): it puts an argument that has a blank into double quotes as a
-// whole and a backslash before each quote and backslash, except in "\xHH". So an argument
-// a="b c" has to become a=b c, which the kernel gets as "a=b c" and reads as the same
-// (Linux lib/cmdline.c, next_arg). What would reach the kernel changed is an error:
-// ErrEntry.
+// whole and a backslash before each quote and backslash; newer ones leave "\xHH" alone,
+// Debian 13's 2.12 does not. So an argument a="b c" has to become a=b c, which the kernel
+// gets as "a=b c" and reads as the same (Linux lib/cmdline.c, next_arg). What would reach
+// the kernel changed is an error: ErrEntry.
 func grubArgs(options string) ([]string, error) {
 	var args []string
 	for _, arg := range splitOptions(options) {
@@ -286,7 +284,7 @@ func grubArgs(options string) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		if strings.ContainsAny(hexEscape.ReplaceAllString(plain, ""), `'"\`) {
+		if strings.ContainsAny(plain, `'"\`) {
 			return nil, fmt.Errorf("kernel argument %q: %w: GRUB would put a backslash before its quotes and backslashes", arg, ErrEntry)
 		}
 		if strings.ContainsAny(plain, "\t\v\f\r\n") {

@@ -59,7 +59,7 @@ func command(t *testing.T, name, pkg string, args ...string) string {
 // initScript is the whole system.
 const initScript = `#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
-echo "PARTICLE-BOOTED $(/bin/busybox cat /proc/cmdline)"
+echo "PARTICLE-BOOTED $(/bin/busybox cat /proc/cmdline) $(/bin/busybox dmesg | /bin/busybox grep -o 'Secure boot enabled')"
 case " $(/bin/busybox cat /proc/cmdline) " in
 *" again "*) /bin/busybox reboot -f ;;
 esac
@@ -235,7 +235,7 @@ func (d vmDisk) run(t *testing.T, firmware ...string) (cmdlines []string) {
 		"-accel", "tcg,thread=multi", "-cpu", "max", "-m", "512", "-display", "none", "-vga", "std", "-net", "none",
 		"-monitor", "none", "-serial", "file:" + serial, "-drive", "file=" + d.file + ",format=raw,if=virtio",
 	}, firmware...)
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 	defer cancel()
 	start := time.Now()
 	out, err := exec.CommandContext(ctx, qemu, args...).CombinedOutput()
@@ -262,7 +262,18 @@ func seaBIOS(t *testing.T) []string { return []string{"-machine", "pc"} }
 
 func ovmf(t *testing.T) []string {
 	t.Helper()
-	const code, vars = "/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"
+	return append(ovmfFiles(t, "4M.fd"), "-machine", "q35")
+}
+
+// secureOVMF has Microsoft's keys and Secure Boot turned on.
+func secureOVMF(t *testing.T) []string {
+	t.Helper()
+	return append(ovmfFiles(t, "4M.ms.fd"), "-machine", "q35,smm=on", "-global", "driver=cfi.pflash01,property=secure,value=on")
+}
+
+func ovmfFiles(t *testing.T, kind string) []string {
+	t.Helper()
+	code, vars := "/usr/share/OVMF/OVMF_CODE_"+kind, "/usr/share/OVMF/OVMF_VARS_"+kind
 	data, err := os.ReadFile(vars)
 	if err != nil {
 		t.Skipf("no OVMF (Debian package ovmf): %v", err)
@@ -271,7 +282,7 @@ func ovmf(t *testing.T) []string {
 	if err := os.WriteFile(mine, data, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return []string{"-machine", "q35", "-drive", "if=pflash,format=raw,readonly=on,file=" + code, "-drive", "if=pflash,format=raw,file=" + mine}
+	return []string{"-drive", "if=pflash,format=raw,unit=0,readonly=on,file=" + code, "-drive", "if=pflash,format=raw,unit=1,file=" + mine}
 }
 
 // needRoot skips a test that runs programs of the loaders' tree in it.
@@ -302,7 +313,8 @@ func fast(t *testing.T, boot string) {
 }
 
 // bootTwice is the test of a loader whose boot file system is made of a directory.
-func bootTwice(t *testing.T, name, loaders string, firmware func(*testing.T) []string) {
+func bootTwice(t *testing.T, name, loaders string, firmware func(*testing.T) []string) (cmdlines []string) {
+	t.Helper()
 	needRoot(t)
 	in, err := InstallerByName(name)
 	if err != nil {
@@ -331,7 +343,7 @@ func bootTwice(t *testing.T, name, loaders string, firmware func(*testing.T) []s
 	failing.Counter = &Counter{Left: 2}
 	add(t, loader, vmEntry(10, ""), vmEntry(11, odd), failing)
 	d.fill(t, l, boot)
-	cmdlines := d.run(t, firmware(t)...)
+	cmdlines = d.run(t, firmware(t)...)
 	if got, want := numbers(cmdlines), []string{"12", "12", "11"}; !slices.Equal(got, want) {
 		t.Fatalf("booted %q, want %q: %q", got, want, cmdlines)
 	}
@@ -352,13 +364,20 @@ func bootTwice(t *testing.T, name, loaders string, firmware func(*testing.T) []s
 	if e := entries(t, after)[2]; e.Counter == nil || *e.Counter != (Counter{Left: 0, Done: 2}) {
 		t.Errorf("after two boots that failed: got %+v, want 0 tries left and 2 done", e.Counter)
 	}
+	return cmdlines
 }
 
 func TestBootSystemdBoot(t *testing.T) { bootTwice(t, "systemd-boot", loadersDir(t), ovmf) }
 
 func TestBootGrubBIOS(t *testing.T) { bootTwice(t, "grub-bios", loadersDir(t), seaBIOS) }
 
-func TestBootGrubSigned(t *testing.T) { bootTwice(t, "grub-efi", loadersDir(t), ovmf) }
+// TestBootGrubSigned has firmware that refuses what Microsoft has not signed.
+func TestBootGrubSigned(t *testing.T) {
+	cmdlines := bootTwice(t, "grub-efi", loadersDir(t), secureOVMF)
+	if len(cmdlines) > 0 && !strings.Contains(cmdlines[0], "Secure boot enabled") {
+		t.Errorf("Secure Boot is off: %q", cmdlines[0])
+	}
+}
 
 // TestBootGrubUnsigned is an image without shim: grub-mkimage makes the EFI program.
 func TestBootGrubUnsigned(t *testing.T) {
