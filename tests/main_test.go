@@ -66,7 +66,7 @@ func need(t testing.TB, programs ...string) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
-	packages := map[string]string{"mkfs.erofs": "erofs-utils", "fsck.erofs": "erofs-utils"}
+	packages := map[string]string{"mkfs.erofs": "erofs-utils", "fsck.erofs": "erofs-utils", "dpkg-deb": "dpkg"}
 	for _, p := range programs {
 		if _, err := exec.LookPath(p); err != nil {
 			pkg := packages[p]
@@ -180,6 +180,13 @@ var (
 	// server is podman's name of the server example.
 	server = &fixture{make: func(t testing.TB) string { return buildExample(t, "server") }}
 	tiny   = &fixture{make: func(t testing.TB) string { return buildExample(t, "tiny") }}
+	// deb is a directory with the package particle, which the server example installs.
+	deb = &fixture{make: func(t testing.TB) string {
+		need(t, "dpkg-deb", "make")
+		dir := filepath.Join(work, "deb")
+		run(t, "env", "VERSION=0.0.1", "SOURCE_DATE_EPOCH=1700000000", "../packaging/deb.sh", dir)
+		return dir
+	}}
 )
 
 // buildExample builds an example over the trixie base with podman.
@@ -191,6 +198,9 @@ func buildExample(t testing.TB, name string) string {
 	args := []string{"build", "-q", "-t", "localhost/" + name, "--build-arg", "BASE=localhost/base"}
 	if opts := os.Getenv("PARTICLE_TEST_APT_OPTS"); opts != "" {
 		args = append(args, "--build-arg", "APT_OPTS="+opts)
+	}
+	if name == "server" {
+		args = append(args, "--build-context", "deb="+deb.get(t))
 	}
 	run(t, "podman", append(args, "../docs/examples/"+name)...)
 	return "localhost/" + name

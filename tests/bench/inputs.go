@@ -121,10 +121,14 @@ func (in *inputs) build(ctx context.Context, cache string) (err error) {
 	if err := do(in.particle, bootstrap...); err != nil {
 		return err
 	}
+	deb := filepath.Join(dir, "deb")
+	if err := do("packaging/deb.sh", deb); err != nil {
+		return err
+	}
 	for _, img := range []image{in.first, in.second} {
 		ref := "localhost/" + img.name
 		err := errors.Join(
-			do("podman", "build", "--squash", "--build-arg", "BASE=localhost/debian:trixie",
+			do("podman", "build", "--squash", "--build-context", "deb="+deb, "--build-arg", "BASE=localhost/debian:trixie",
 				"--build-arg", "APT_OPTS="+os.Getenv("PARTICLE_TEST_APT_OPTS"), "-t", ref, "docs/examples/"+img.name),
 			do("skopeo", "copy", "--quiet", "containers-storage:"+ref, "oci:"+img.layout+":"+img.name),
 			do("skopeo", "copy", "--quiet", "oci:"+img.layout+":"+img.name, "oci-archive:"+img.archive+":"+img.name),

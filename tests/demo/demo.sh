@@ -106,8 +106,11 @@ say "$(field .title), $(field .entries) entries, $(human "$(field .tarBytes)"), 
 say "image $(field .digest): the same on any machine while the mirrors stand still"
 cost "bootstrap $suite" "$seconds s" "$(human "$(field .tarBytes)")"
 
+step "The package particle, which the server installs" packaging/deb.sh "$scratch/deb"
+say "$(basename "$(tail -n 1 "$log.out")"), in $seconds s"
+
 step "podman builds docs/examples/$image on it" \
-	podman build --squash --timestamp "$epoch" --build-arg BASE=localhost/debian:"$suite" \
+	podman build --build-context deb="$scratch/deb" --squash --timestamp "$epoch" --build-arg BASE=localhost/debian:"$suite" \
 	--build-arg SOURCE_DATE_EPOCH="$epoch" --build-arg APT_OPTS="$PARTICLE_TEST_APT_OPTS" \
 	-t localhost/demo "docs/examples/$image"
 built=$(podman image inspect --format '{{.Size}}' localhost/demo)
@@ -154,7 +157,7 @@ same "manifest as the one converted          " "$index" "$(jq -er .manifest "$sc
 other=tiny
 [ "$image" != tiny ] || other=server
 step "A second image of the same base ($other) costs what differs" \
-	podman build --timestamp "$epoch" --build-arg BASE=localhost/debian:"$suite" \
+	podman build --build-context deb="$scratch/deb" --timestamp "$epoch" --build-arg BASE=localhost/debian:"$suite" \
 	--build-arg SOURCE_DATE_EPOCH="$epoch" --build-arg APT_OPTS="$PARTICLE_TEST_APT_OPTS" -t localhost/second "docs/examples/$other"
 particle convert --json containers-storage:localhost/second second >"$log.out" 2>"$log"
 second=$(($(bytes "$PARTICLE_STORE") - first))
