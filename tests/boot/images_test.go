@@ -1,6 +1,7 @@
 package boot
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"os"
 	"os/exec"
@@ -20,6 +21,7 @@ const repo = "localhost/particle-boot"
 type images struct {
 	once    sync.Once
 	context string
+	stamp   string // of the package
 	err     error
 	built   sync.Map // target -> *sync.Once
 }
@@ -55,6 +57,11 @@ func (i *images) prepare() error {
 			if err != nil || len(debs) != 1 {
 				return fmt.Errorf("making the package: found %q, %v", debs, err)
 			}
+			deb, err := os.ReadFile(debs[0])
+			if err != nil {
+				return err
+			}
+			i.stamp = fmt.Sprintf("%x", sha256.Sum256(deb))
 			return os.Rename(debs[0], filepath.Join(i.context, "particle.deb"))
 		}()
 	})
@@ -78,7 +85,7 @@ func image(t testing.TB, target string) string {
 	once, _ := theImages.built.LoadOrStore(target, new(sync.Once))
 	once.(*sync.Once).Do(func() {
 		run(t, "podman", "build", "-q", "--pull=never", "--target", target, "-t", name,
-			"--build-arg", "BASE="+base, "--build-arg", "APT_OPTS="+os.Getenv("PARTICLE_TEST_APT_OPTS"), theImages.context)
+			"--build-arg", "BASE="+base, "--build-arg", "STAMP="+theImages.stamp, "--build-arg", "APT_OPTS="+os.Getenv("PARTICLE_TEST_APT_OPTS"), theImages.context)
 	})
 	return name
 }

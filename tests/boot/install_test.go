@@ -98,7 +98,7 @@ func TestInstall(t *testing.T) {
 				t.Errorf("updates come from %q, want %q", d.Reference, want)
 			}
 			cmdline := m.sh("cat /proc/cmdline")
-			if !strings.Contains(cmdline, "composefs.digest="+d.Digest) {
+			if !strings.Contains(cmdline, "composefs.digest=v1-sha256-12:"+d.hex()) {
 				t.Errorf("status says %s, the kernel was started with %q", d.Digest, cmdline)
 			}
 			for _, a := range machineArgs {
@@ -107,8 +107,6 @@ func TestInstall(t *testing.T) {
 				}
 			}
 			m.packages("1.0")
-			m.equal("test -e /var/lib/particle/boot-tests || echo no", "no")
-
 			m.sh("echo kept >/etc/particle-boot-test; echo kept >/var/lib/particle-boot-test; sync")
 			id := m.sh("cat /etc/machine-id")
 			m.reboot()
