@@ -45,7 +45,7 @@ FISHDIR  ?= $(PREFIX)/share/fish/vendor_completions.d
 UNITDIR  ?= $(PREFIX)/lib/systemd/system
 
 # Built for this machine whatever GOARCH is: it writes manuals and completions.
-DOCS = GOOS= GOARCH= $(GO) run ./cmd/particle docs
+DOCS = GOOS= GOARCH= $(GO) run -trimpath ./cmd/particle docs
 
 .PHONY: install
 install: all

@@ -133,7 +133,7 @@ func TestUnitsVerify(t *testing.T) {
 	// systemd's targets and their parts, not what else this machine has installed.
 	command(t, "", nil, "sh", "-c", `cd "$1" && cp -a *.target systemd-*.service systemd-*.socket sysinit.target.wants emergency.service rescue.service modprobe@.service "$2" 2>/dev/null || true`, "sh", theirs, dst)
 	command(t, "", nil, "sh", "-c", `cp -a systemd/. "$1"`, "sh", dst)
-	for _, program := range []string{"usr/bin/particle", "usr/bin/sleep", "bin/mount", "bin/umount", "bin/sh"} {
+	for _, program := range []string{"usr/bin/particle", "usr/bin/sleep", "usr/bin/flock", "bin/true", "bin/mount", "bin/umount", "bin/sh"} {
 		name := filepath.Join(root, program)
 		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 			t.Fatal(err)
