@@ -1,5 +1,7 @@
 #!/bin/bash
-# Particle's set-up of the root, as a module of dracut (dracut.modules(7)).
+# Particle's set-up of the root, as a module of dracut (dracut.modules(7)), which sets
+# the variables that are not set here.
+# shellcheck disable=SC2154
 
 check() {
 	require_binaries /usr/lib/particle/particle-init-root || return 1
@@ -27,10 +29,8 @@ install() {
 		mkdir -p "$initdir/usr/lib/particle"
 		: > "$initdir/usr/lib/particle/shell"
 	fi
-	# shellcheck disable=SC2154
 	inst_hook cmdline 00 "$moddir/particle-cmdline.sh"
 	if dracut_module_included systemd; then
-		# shellcheck disable=SC2154
 		inst_simple "$moddir/particle-root-setup.service" "$systemdsystemunitdir/particle-root-setup.service"
 		mkdir -p "$initdir$systemdsystemunitdir/initrd-root-fs.target.requires"
 		ln -sf ../particle-root-setup.service "$initdir$systemdsystemunitdir/initrd-root-fs.target.requires/particle-root-setup.service"
