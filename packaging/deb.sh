@@ -90,4 +90,7 @@ mkdir -p "$out"
 # One thread and a named compressor: both decide about the bytes.
 dpkg-deb --root-owner-group -Zxz -z6 --threads-max=1 --build "$root" "$work" >&2
 mv "$work/particle_${VERSION}_$arch.deb" "$out/"
+# For builds that have the package in a mount, which podman's cache does not look into: a
+# step that copies this one is made again when the package is another.
+(cd "$out" && sha256sum "particle_${VERSION}_$arch.deb" >particle.sha256)
 echo "$out/particle_${VERSION}_$arch.deb"

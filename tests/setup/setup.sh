@@ -51,6 +51,22 @@ make            make
 git             git
 gpg             gpg
 losetup         mount
+qemu-system-x86_64 qemu-system-x86
+qemu-img        qemu-utils
+mcopy           mtools
+mkfs.vfat       dosfstools
+mkfs.ext4       e2fsprogs
+mkfs.btrfs      btrfs-progs
+mkfs.xfs        xfsprogs
+sgdisk          gdisk
+sfdisk          fdisk
+cpio            cpio
+xz              xz-utils
+busybox         busybox-static
+grub-script-check grub-common
+containerd      containerd
+xfs_quota       xfsprogs
+man             man-db
 '
 # netavark is no command of PATH: it lies beside other helpers.
 PATH=$PATH:/usr/sbin:/sbin:/usr/lib/podman
@@ -82,6 +98,7 @@ install_packages() {
 	[ -e /usr/share/distro-info/debian.csv ] || missing+=(distro-info-data)
 	[ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
 	[ -e /usr/include/stdlib.h ] || missing+=(libc6-dev)
+	[ -e /usr/share/OVMF/OVMF_CODE.fd ] || [ -e /usr/share/OVMF/OVMF_CODE_4M.fd ] || missing+=(ovmf)
 	[ ${#missing[@]} -gt 0 ] || { say "packages: all there"; return 0; }
 
 	if [ "$(age "$cache/apt-updated")" -gt "$day" ]; then
