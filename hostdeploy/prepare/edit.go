@@ -39,6 +39,9 @@ func (e *editor) warnf(format string, args ...any) {
 
 // lstat returns nil for what is not there.
 func (e *editor) lstat(name string) (fs.FileInfo, error) {
+	if e.gone[name] {
+		return nil, nil
+	}
 	fi, err := e.root.Lstat(name)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return nil, nil
@@ -48,6 +51,9 @@ func (e *editor) lstat(name string) (fs.FileInfo, error) {
 
 // exists follows links, within the tree.
 func (e *editor) exists(name string) (bool, error) {
+	if e.gone[name] {
+		return false, nil
+	}
 	_, err := e.root.Stat(name)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return false, nil

@@ -124,12 +124,17 @@ func (p *preparation) same(en entry, copied string) (bool, error) {
 	if fi.Size() != en.Size() {
 		return false, nil
 	}
-	a, err := p.root.Open(en.path)
+	return p.sameContent(en.path, copied)
+}
+
+// sameContent compares two regular files.
+func (p *preparation) sameContent(one, other string) (bool, error) {
+	a, err := p.root.Open(one)
 	if err != nil {
 		return false, err
 	}
 	defer a.Close()
-	b, err := p.root.Open(copied)
+	b, err := p.root.Open(other)
 	if err != nil {
 		return false, err
 	}

@@ -164,6 +164,11 @@ func TestImage(t *testing.T) {
 				}
 			}
 
+			// A host has another /boot.
+			if got := in(t, root, "mkdir /tmp/boot; mount --bind /tmp/boot /boot; dpkg --verify || true"); got != verify {
+				t.Errorf("dpkg --verify on a host: got %q, want %q", got, verify)
+			}
+
 			// apt and dpkg on top, and another run.
 			in(t, root, testDeb)
 			in(t, root, "apt-mark auto prepared")
@@ -305,15 +310,7 @@ func TestInitramfs(t *testing.T) {
 		plant(t, root, fmt.Sprintf("%04o %s=", f.Mode.Perm(), f.Path)+string(data))
 	}
 	t.Setenv("SOURCE_DATE_EPOCH", "1789199741")
-	initrds, err := filepath.Glob(filepath.Join(root, "boot/initrd.img-*"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range initrds {
-		if err := os.Remove(name); err != nil {
-			t.Fatal(err)
-		}
-	}
+	in(t, root, "rm -f /boot/initrd.img-* /usr/lib/modules/*/initramfs.img")
 	o, ctx := Options{Root: root}, context.Background()
 	r, err := Check(ctx, o)
 	if err != nil {
@@ -330,7 +327,7 @@ func TestInitramfs(t *testing.T) {
 		t.Errorf("no initramfs was made for %q:\n%s", r.Kernels, lines(r))
 	}
 	for _, v := range r.Kernels {
-		f, err := os.Open(filepath.Join(root, "boot/initrd.img-"+v))
+		f, err := os.Open(filepath.Join(root, modulesDir, v, initrdName))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -338,6 +335,9 @@ func TestInitramfs(t *testing.T) {
 			t.Errorf("the initramfs of %s has Particle's set-up: %v, %v", v, has, err)
 		}
 		f.Close()
+	}
+	if got := in(t, root, "linux-version list; readlink -e /boot/initrd.img-*"); got != r.Kernels[0]+"\n/usr/lib/modules/"+r.Kernels[0]+"/initramfs.img\n" {
+		t.Errorf("what other programs find: got %q", got)
 	}
 	for _, dir := range []string{"proc", "sys", "dev", "run"} {
 		if entries, err := os.ReadDir(filepath.Join(root, dir)); err != nil || dir == "proc" && len(entries) > 0 {

@@ -1,9 +1,7 @@
 package prepare
 
 import (
-	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -11,43 +9,39 @@ import (
 	"os"
 	"os/exec"
 	"path"
+	"slices"
 	"strings"
 
 	"github.com/particle-os/particle/hostdeploy/initramfs"
 )
 
 // builders are the programs that make an initramfs, and the hooks by which they take in
-// Particle's set-up of the root. The package particle installs both hooks.
+// Particle's set-up of the root. The package particle installs both hooks. Not
+// update-initramfs: it is mkinitramfs, and hooks of boot loaders.
 var builders = []struct {
 	program, hook string
-	args          func(version, initrd string) []string
+	args          func(version, out string) []string
 }{
 	{
-		"usr/sbin/update-initramfs", "usr/share/initramfs-tools/hooks/particle",
-		// Unlike -u it takes versions that have none yet.
-		func(version, _ string) []string { return []string{"-c", "-k", version} },
+		"usr/sbin/mkinitramfs", "usr/share/initramfs-tools/hooks/particle",
+		func(version, out string) []string { return []string{"-o", out, version} },
 	},
 	{
 		"usr/bin/dracut", "usr/lib/dracut/modules.d/*particle/module-setup.sh",
 		// The image is for other machines than the one that builds it.
-		func(version, initrd string) []string {
-			return []string{"--force", "--no-hostonly", "--reproducible", "--kver", version, initrd}
+		func(version, out string) []string {
+			return []string{"--force", "--no-hostonly", "--reproducible", "--kver", version, out}
 		},
 	},
 }
 
-// initramfs makes the initramfs of each kernel that Debian's packages have put into
-// /boot, after all else that goes into one.
+// initramfs makes the initramfs of each kernel that has modules, after all else that goes
+// into one.
 func (p *preparation) initramfs(ctx context.Context) error {
-	kernels, err := p.glob("boot/vmlinu[xz]-*")
-	if err != nil {
+	if err := p.findKernels(); err != nil {
 		return err
 	}
-	for _, k := range kernels {
-		_, version, _ := strings.Cut(k.Name(), "-")
-		p.report.Kernels = append(p.report.Kernels, version)
-	}
-	if len(kernels) == 0 || p.o.NoInitramfs {
+	if len(p.report.Kernels) == 0 || p.o.NoInitramfs {
 		return nil
 	}
 	for _, b := range builders {
@@ -64,8 +58,8 @@ func (p *preparation) initramfs(ctx context.Context) error {
 			p.warnf("Particle's part of the initramfs is not in the image: install the package particle before particle prepare")
 		}
 		for _, version := range p.report.Kernels {
-			initrd := "/boot/initrd.img-" + version
-			if err := p.build(ctx, initrd, len(hooks) > 0, append([]string{"/" + b.program}, b.args(version, initrd)...)); err != nil {
+			command := func(out string) []string { return append([]string{"/" + b.program}, b.args(version, out)...) }
+			if err := p.build(ctx, version, len(hooks) > 0, command); err != nil {
 				return err
 			}
 		}
@@ -75,67 +69,130 @@ func (p *preparation) initramfs(ctx context.Context) error {
 	return nil
 }
 
+// findKernels notes the kernels' versions, in order. In a check they may not have moved.
+func (p *preparation) findKernels() error {
+	moved, err := p.glob(path.Join(modulesDir, "*", "vmlinu[xz]"))
+	if err != nil {
+		return err
+	}
+	for _, en := range moved {
+		p.report.Kernels = append(p.report.Kernels, path.Base(path.Dir(en.path)))
+	}
+	inBoot, err := p.glob("boot/vmlinu[xz]-*")
+	if err != nil {
+		return err
+	}
+	for _, en := range inBoot {
+		_, version, _ := strings.Cut(en.Name(), "-")
+		if fi, err := p.lstat(path.Join(modulesDir, version)); err != nil {
+			return err
+		} else if isDir(fi) {
+			p.report.Kernels = append(p.report.Kernels, version)
+		}
+	}
+	slices.Sort(p.report.Kernels)
+	p.report.Kernels = slices.Compact(p.report.Kernels)
+	return nil
+}
+
 // build makes one initramfs. Where there is no hook, one that is there already is as good
 // as a new one.
-func (p *preparation) build(ctx context.Context, initrd string, hook bool, command []string) error {
-	name := strings.TrimPrefix(initrd, "/")
-	before, err := p.lstat(name)
+func (p *preparation) build(ctx context.Context, version string, hook bool, command func(out string) []string) error {
+	name := path.Join(modulesDir, version, initrdName)
+	inBoot := "boot/initrd.img-" + version
+	have := name
+	if p.check { // it may not have moved
+		if there, err := p.exists(name); err != nil {
+			return err
+		} else if !there {
+			have = inBoot
+		}
+	}
+	ready, err := p.exists(have)
 	if err != nil {
 		return err
 	}
-	ready := before != nil
-	var sum []byte
-	if ready && hook {
-		if p.check {
-			if ready, err = p.hasSetup(name); err != nil {
-				return err
-			}
-		} else if sum, err = p.sum(name); err != nil {
+	if p.check && ready && hook {
+		if ready, err = p.hasSetup(have); err != nil {
 			return err
 		}
 	}
-	if p.check || !hook {
-		if ready || !p.will(Rebuild, name, "", "") {
-			return nil
-		}
-	}
-	// Directories in which the program has made files and removed them again.
-	dirs := map[string]fs.FileInfo{}
-	for _, dir := range []string{"boot", "tmp", "var/tmp"} {
-		if fi, err := p.lstat(dir); err != nil {
-			return err
-		} else if fi != nil && fi.IsDir() {
-			dirs[dir] = fi
-		}
-	}
-	if err := p.runIn(ctx, command); err != nil {
-		return fmt.Errorf("%w: %w", ErrInitramfs, err)
-	}
-	if hook {
-		if has, err := p.hasSetup(name); err != nil {
-			return err
-		} else if !has {
-			return fmt.Errorf("%w: /%s has not taken in Particle's set-up of the root, although its hook is installed", ErrInitramfs, name)
-		}
-	}
-	after, err := p.sum(name)
-	if err != nil {
-		return err
-	}
-	if sum != nil && bytes.Equal(sum, after) {
-		// The same bytes: nothing has changed, then.
-		if err := p.like(name, before); err != nil {
-			return err
-		}
-		for dir, fi := range dirs {
-			if err := p.like(dir, fi); err != nil {
-				return err
-			}
+	if p.check || !hook && ready {
+		if !ready {
+			p.will(Rebuild, name, "", "")
 		}
 		return nil
 	}
+
+	if p.o.Output != nil {
+		fmt.Fprintf(p.o.Output, "making the initramfs of %s\n", version)
+	}
+	dirs, err := p.remember("tmp", "var/tmp")
+	if err != nil {
+		return err
+	}
+	dir := temporary("var/tmp/x")
+	if err := p.root.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	defer p.root.RemoveAll(dir)
+	made := path.Join(dir, initrdName)
+	if err := p.runIn(ctx, command("/"+made)); err != nil {
+		return fmt.Errorf("%w: %w", ErrInitramfs, err)
+	}
 	if hook {
-		p.will(Rebuild, name, "", "with Particle's set-up of the root")
+		if has, err := p.hasSetup(made); err != nil {
+			return err
+		} else if !has {
+			return fmt.Errorf("%w: that of %s has not taken in Particle's set-up of the root, although its hook is installed", ErrInitramfs, version)
+		}
+	}
+	same := false
+	if ready {
+		if same, err = p.sameContent(made, name); err != nil {
+			return err
+		}
+	}
+	if same {
+		if err := p.root.RemoveAll(dir); err != nil {
+			return err
+		}
+		return p.restore(dirs)
+	}
+	p.will(Rebuild, name, "", "")
+	if err := p.root.Chmod(made, 0o644); err != nil {
+		return err
+	}
+	if err := p.root.Rename(made, name); err != nil {
+		return err
+	}
+	target, err := relative(inBoot, name)
+	if err != nil {
+		return err
+	}
+	return p.link(inBoot, target, "for programs that look there")
+}
+
+// remember notes the attributes of directories in which a program is going to make and to
+// remove files.
+func (p *preparation) remember(names ...string) (map[string]fs.FileInfo, error) {
+	dirs := map[string]fs.FileInfo{}
+	for _, name := range names {
+		if fi, err := p.lstat(name); err != nil {
+			return nil, err
+		} else if isDir(fi) {
+			dirs[name] = fi
+		}
+	}
+	return dirs, nil
+}
+
+// restore gives them back.
+func (p *preparation) restore(dirs map[string]fs.FileInfo) error {
+	for name, fi := range dirs {
+		if err := p.like(name, fi); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -152,20 +209,6 @@ func (p *preparation) hasSetup(name string) (bool, error) {
 		return false, fmt.Errorf("looking into /%s: %w", name, err)
 	}
 	return has, nil
-}
-
-// sum returns the SHA-256 of a file.
-func (p *preparation) sum(name string) ([]byte, error) {
-	f, err := p.root.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return nil, fmt.Errorf("reading /%s: %w", name, err)
-	}
-	return h.Sum(nil), nil
 }
 
 // environment is what programs of the tree see, whoever builds.

@@ -86,6 +86,26 @@ func FuzzTmpfiles(f *testing.F) {
 	})
 }
 
+// FuzzDiversions: what is read is written again, byte for byte.
+func FuzzDiversions(f *testing.F) {
+	f.Add("/lib32\n/.lib32.usr-is-merged\nbase-files\n")
+	f.Add("/a\n/b\n:\n/c\n/d\np")
+	f.Add("\n\n\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		all, err := parseDiversions([]byte(text))
+		if err != nil {
+			return
+		}
+		want := text
+		if text != "" && !strings.HasSuffix(text, "\n") {
+			want += "\n"
+		}
+		if got := string(formatDiversions(all)); got != want {
+			t.Errorf("%q is written as %q", text, got)
+		}
+	})
+}
+
 // FuzzAccounts: no passwd or group makes a line that was not meant, and what sysusers.d
 // gets is what stood there.
 func FuzzAccounts(f *testing.F) {

@@ -38,7 +38,7 @@ var (
 
 // Options say what to prepare. The zero value prepares the tree at "/".
 type Options struct {
-	// Root is the tree's directory, "/" for "". Programs of the tree (update-initramfs or
+	// Root is the tree's directory, "/" for "". Programs of the tree (mkinitramfs or
 	// dracut) are run in it, by chroot(2) where it is not "/".
 	Root string
 	// NoInitramfs leaves the initramfs as it is.
@@ -87,7 +87,7 @@ func (c Change) String() string {
 type Report struct {
 	Changes  []Change `json:"changes"`
 	Warnings []string `json:"warnings"`
-	// Kernels are the versions found in /boot.
+	// Kernels are the versions of the kernels that have modules.
 	Kernels []string `json:"kernels"`
 }
 
@@ -126,6 +126,7 @@ func run(ctx context.Context, o Options, check bool) (*Report, error) {
 		{"the packages' database", p.packages},
 		{"the directories of the root", p.layout},
 		{"units and settings", p.files},
+		{"the kernels", p.kernels},
 		{"the initramfs", p.initramfs},
 		{"what belongs to one machine", p.clean},
 		{"users and groups", p.users},

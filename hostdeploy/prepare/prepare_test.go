@@ -106,6 +106,11 @@ func small(t *testing.T) string {
 		"0750 var/lib/app/", "0600 var/lib/app/data.db=rows\n", "var/lib/app/current->data.db", "var/lib/app/pipe|", "var/lib/app/empty=",
 		"0750 var/lib/declared/", "var/lib/declared/a b%\"c=x", "var/lib/ucf/registry=x", "var/lib/systemd/random-seed=x",
 		"var/lib/systemd/deb-systemd-helper-enabled/x.service.dsh-also=",
+		"boot/vmlinuz-6.1=kernel", "boot/config-6.1=y", "0600 boot/System.map-6.1=map", "boot/initrd.img-6.1=initrd",
+		"boot/grub/grub.cfg=nobody's", "boot/memtest/x64.bin=a package's", "boot/vmlinuz-custom=without modules", "usr/lib/modules/6.1/kernel/x.ko=x",
+		"vmlinuz->boot/vmlinuz-6.1", "vmlinuz.old->/opt/mine",
+		"var/lib/dpkg/info/linux.list=/.\n/boot\n/boot/vmlinuz-6.1\n/boot/System.map-6.1\n/boot/config-6.1\n/lib/modules/6.1/kernel/x.ko\n/boot/memtest\n/boot/memtest/x64.bin\n",
+		"var/lib/dpkg/diversions=/lib32\n/.lib32.usr-is-merged\nbase-files\n",
 		"usr/share/systemd/tmp.mount=[Mount]\n", "usr/share/factory/var/lib/other/file=a package's own\n",
 	)
 	return root
@@ -303,7 +308,7 @@ func TestCutOff(t *testing.T) {
 	want := ""
 	for n := 0; ; n++ {
 		root := small(t)
-		names := []string{"info/a.list", "lock", "status-old", "triggers/File"}
+		names := []string{"diversions", "info/a.list", "info/linux.list", "lock", "status-old", "triggers/File"}
 		for _, name := range names[:min(n, len(names))] {
 			to := filepath.Join(root, dpkgDir, name)
 			if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
@@ -348,6 +353,50 @@ func TestStatusLast(t *testing.T) {
 		t.Fatal(err)
 	}
 	mustRun(t, root)
+}
+
+// TestKernels: a newer kernel comes, and the old one goes.
+func TestKernels(t *testing.T) {
+	root := small(t)
+	mustRun(t, root)
+	remove := func(names ...string) {
+		t.Helper()
+		for _, name := range names {
+			if err := os.RemoveAll(filepath.Join(root, name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	// apt purges 6.1, the file of which dpkg has diverted, and installs 6.2.
+	remove("usr/lib/modules/6.1/vmlinuz", "usr/lib/modules/6.1/config", "usr/lib/modules/6.1/System.map", "usr/lib/modules/6.1/kernel", "usr/lib/sysimage/dpkg/info/linux.list")
+	plant(t, root, "boot/vmlinuz-6.2=newer", "boot/initrd.img-6.2=newer", "usr/lib/modules/6.2/kernel/", "usr/lib/sysimage/dpkg/info/linux2.list=/.\n/boot\n/boot/vmlinuz-6.2\n")
+	checked := lines(mustCheck(t, root))
+	r := mustRun(t, root)
+	if got := lines(r); !strings.Contains(checked, "move    /boot/vmlinuz-6.2") || !strings.Contains(got, "remove  /boot/initrd.img-6.1") {
+		t.Errorf("Check announced\n%sRun did\n%s", checked, got)
+	}
+	if r := mustCheck(t, root); len(r.Changes) != 0 {
+		t.Errorf("Check finds something to do after Run:\n%s", lines(r))
+	}
+	golden(t, "kernels", lines(r)+list(t, filepath.Join(root, "boot"))+list(t, filepath.Join(root, "usr/lib/modules")))
+	got, err := os.ReadFile(filepath.Join(root, dpkgDir, "diversions"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := "/lib32\n/.lib32.usr-is-merged\nbase-files\n/boot/vmlinuz-6.2\n/usr/lib/modules/6.2/vmlinuz\n:\n"; string(got) != want {
+		t.Errorf("diversions: got\n%swant\n%s", got, want)
+	}
+
+	// update-initramfs replaces the link by a newer file.
+	remove("boot/initrd.img-6.2")
+	plant(t, root, "boot/initrd.img-6.2=newest")
+	mustRun(t, root)
+	if got, err := os.ReadFile(filepath.Join(root, "usr/lib/modules/6.2", initrdName)); err != nil || string(got) != "newest" {
+		t.Errorf("the initramfs: got %q, %v", got, err)
+	}
+	if r := mustRun(t, root); len(r.Changes) != 0 {
+		t.Errorf("another run changes what is right:\n%s", lines(r))
+	}
 }
 
 func TestRefused(t *testing.T) {
