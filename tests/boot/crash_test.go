@@ -485,12 +485,16 @@ func (w *crashWorker) boot(o *outcome) error {
 	if s.Boot == nil || s.Boot.Verification != "enforced" {
 		return fmt.Errorf("the root is not enforced: %+v", s.Boot)
 	}
-	if r, err = sh("particle store fsck"); err != nil {
-		return err
+	// scrub is fsck that reads every byte, too.
+	for _, command := range []string{"particle store fsck", "particle store scrub"} {
+		if r, err = sh(command); err != nil {
+			return err
+		}
+		if r.Status != 0 {
+			o.Fsck += fmt.Sprintf("%s: status %d: %s%s", command, r.Status, r.Stdout, r.Stderr)
+		}
 	}
-	if o.Fsck = "clean"; r.Status != 0 {
-		o.Fsck = fmt.Sprintf("status %d: %s%s", r.Status, r.Stdout, r.Stderr)
-	}
+	o.Fsck = cmp.Or(o.Fsck, "clean")
 	// Nothing that was left behind may be in the way of the next upgrade.
 	if r, err = sh(registryScript(w.t)); err != nil {
 		return err
@@ -516,7 +520,7 @@ func (w *crashWorker) boot(o *outcome) error {
 // report writes the table and fails the test where something went wrong.
 func (c *crash) report(points []point) {
 	var table strings.Builder
-	fmt.Fprintf(&table, "| writes | lost | phase | last write | boot entries on the disk | boots | system | store fsck | upgrade again |\n")
+	fmt.Fprintf(&table, "| writes | lost | phase | last write | boot entries on the disk | boots | system | store fsck and scrub | upgrade again |\n")
 	fmt.Fprintf(&table, "|---|---|---|---|---|---|---|---|---|\n")
 	count := map[string]int{}
 	first := c.rec.Phases[0].From

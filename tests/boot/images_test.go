@@ -49,7 +49,7 @@ func (i *images) prepare() error {
 			// programs do.
 			cmd := exec.CommandContext(interrupted, "packaging/deb.sh", i.context)
 			cmd.Dir = "../.."
-			cmd.Env = append(os.Environ(), "VERSION=0~boottest", "SOURCE_DATE_EPOCH=1700000000")
+			cmd.Env = append(os.Environ(), "VERSION=0~test", "SOURCE_DATE_EPOCH=1700000000")
 			if out, err := cmd.CombinedOutput(); err != nil {
 				return fmt.Errorf("making the package: %w\n%s", err, out)
 			}
@@ -76,7 +76,7 @@ func image(t testing.TB, target string) string {
 		base = "localhost/server"
 	}
 	if err := exec.CommandContext(interrupted, "podman", "image", "exists", base).Run(); err != nil {
-		t.Skipf("podman has no image %s: docs/examples/server/README.md tells how to build it", base)
+		t.Skipf("podman has no image %s; tests/setup/images.sh builds it", base)
 	}
 	if err := theImages.prepare(); err != nil {
 		t.Fatal(err)

@@ -52,7 +52,7 @@ func newSmall(t *testing.T) *small {
 	if root == "" {
 		out, err := exec.Command("podman", "image", "mount", "localhost/server").Output()
 		if err != nil {
-			t.Skip("podman has no image localhost/server: docs/examples/server/README.md tells how to build it")
+			t.Skip("podman has no image localhost/server; tests/setup/images.sh builds it")
 		}
 		root = strings.TrimSpace(string(out))
 		t.Cleanup(func() { exec.Command("podman", "image", "unmount", "localhost/server").Run() })
