@@ -214,7 +214,13 @@ func (h *Host) tree(d fsverity.Digest) (*tree.Tree, error) {
 // can be written.
 func (h *Host) checkWritable() error {
 	for _, dir := range []struct{ path, what string }{{h.Paths.Boot, "the boot file system"}, {h.Root, "the physical root"}} {
-		err := unix.Access(dir.path, unix.W_OK)
+		// Opening it makes an automount mount; asking for access does not.
+		f, err := os.Open(dir.path)
+		if err != nil {
+			return fmt.Errorf("checking %s: %w", dir.what, err)
+		}
+		err = unix.Faccessat(int(f.Fd()), ".", unix.W_OK, 0)
+		f.Close()
 		if errors.Is(err, unix.EROFS) {
 			return fmt.Errorf("%w: %s at %q is mounted read-only; mount -o remount,rw %s", ErrReadOnly, dir.what, dir.path, dir.path)
 		} else if err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -209,6 +210,9 @@ func deploy(t *term, c *cli.Context, h *hostdeploy.Host, req hostdeploy.Request,
 		if err := plan.Apply(c.Context, p.step); err != nil {
 			return err
 		}
+		if stage {
+			awaitShutdown(t, c)
+		}
 	}
 	if res.Phases = p.all; c.Bool("json") {
 		err = t.printJSON(res)
@@ -228,6 +232,20 @@ func deploy(t *term, c *cli.Context, h *hostdeploy.Host, req hostdeploy.Request,
 		return systemctl(c.Context, "reboot")
 	}
 	return nil
+}
+
+// finalizeUnit does at shutdown what staging leaves undone.
+const finalizeUnit = "particle-finalize.service"
+
+// awaitShutdown starts the unit that finalizes what is staged. Its path unit would do
+// so, too, but not before a reboot that is asked for now.
+func awaitShutdown(t *term, c *cli.Context) {
+	if _, err := os.Stat("/run/systemd/system"); err != nil || c.String("sysroot") != "/sysroot" {
+		return // another disk, or a system without systemd
+	}
+	if err := systemctl(c.Context, "start", finalizeUnit); err != nil {
+		t.warnf("%v\nrun particle hostdeploy finalize before the machine goes down", err)
+	}
 }
 
 func printPlan(t *term, p *hostdeploy.Plan) {

@@ -26,7 +26,6 @@ var places = []struct {
 }{
 	{"", Program, 0o755},
 	{"initramfs-tools/hook", "/usr/share/initramfs-tools/hooks/particle", 0o755},
-	{"initramfs-tools/conf", "/usr/share/initramfs-tools/conf.d/particle", 0o644},
 	{"initramfs-tools/init-top", "/usr/share/initramfs-tools/scripts/init-top/particle", 0o755},
 	{"initramfs-tools/init-bottom", "/usr/share/initramfs-tools/scripts/init-bottom/particle", 0o755},
 	{"dracut/module-setup.sh", "/usr/lib/dracut/modules.d/95particle/module-setup.sh", 0o755},
