@@ -3,6 +3,8 @@
 # make deb         dist/particle_VERSION_ARCH.deb (docs/packaging.md)
 # sudo make demo   sets up what is missing and does the main job end to end
 # sudo make test   sets up what is missing and runs all tests
+# sudo make test-boot   boots virtual machines: every loader, upgrades, fall back, tampering
+# sudo make test-crash  the crash matrix: an upgrade cut off at many moments (an hour)
 # make test-unit   the tests that need neither root nor other programs
 # sudo make bench  Particle and its peers on the same input; BENCHFLAGS='-n 9 -json FILE'
 # make fuzz        each fuzz target for FUZZTIME
@@ -78,6 +80,22 @@ demo: root all
 .PHONY: test
 test: root all
 	tests/setup/test.sh
+
+.PHONY: test-boot
+test-boot: root all
+	. $$(tests/setup/setup.sh | tail -n 1) && tests/setup/images.sh && \
+	PARTICLE_TEST_BOOT=all $(GO) test -count=1 -v -timeout 6h -skip TestCrash ./tests/boot
+
+# What was found stays in CRASH_DIR: a run that was stopped is gone on with.
+CRASH_DIR    ?= /var/tmp/particle-crash
+CRASH_POINTS ?= 60
+CRASH_JOBS   ?= 2
+
+.PHONY: test-crash
+test-crash: root all
+	. $$(tests/setup/setup.sh | tail -n 1) && tests/setup/images.sh && \
+	PARTICLE_TEST_BOOT=all PARTICLE_TEST_CRASH_DIR=$(CRASH_DIR) PARTICLE_TEST_CRASH_POINTS=$(CRASH_POINTS) \
+	PARTICLE_TEST_CRASH_JOBS=$(CRASH_JOBS) $(GO) test -count=1 -v -timeout 12h -run TestCrash ./tests/boot
 
 .PHONY: test-unit
 test-unit:

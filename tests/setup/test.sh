@@ -18,6 +18,9 @@ unformatted=$(git ls-files '*.go' | xargs -r "$(dirname "$(type -P "$go")")/gofm
 "$go" vet ./...
 "$go" run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...
 
+echo "== images"
+tests/setup/images.sh
+
 # -count=1: the tests drive programs, which go's cache of results knows nothing of.
 # The race detector makes the large inputs take ten times as long: it sees the short
 # tests, and the full ones run without it.
@@ -26,6 +29,10 @@ echo "== go test -race -short"
 "$go" test -count=1 -race -short ./... || status=1
 echo "== go test"
 "$go" test -count=1 -timeout 25m ./... || status=1
+# Whole systems in virtual machines; make test-boot has all of them.
+echo "== systems that boot"
+PARTICLE_TEST_BOOT=essential "$go" test -count=1 -v -timeout 20m \
+	-run 'TestInstall$/(UEFI-systemd-boot|BIOS-grub-bios)|TestUpgrade$/systemd-boot' ./tests/boot || status=1
 
 if left=$(tests/setup/leaks.sh | comm -13 "$before" -) && [ -n "$left" ]; then
 	printf 'left behind by the tests:\n%s\n' "$left"
