@@ -28,6 +28,7 @@ var junk = []struct{ pattern, why string }{
 	{"var/lib/apt/lists/*", "package indexes, old by tomorrow"},
 	{"var/lib/apt/lists/*/*", "package indexes, old by tomorrow"},
 	{"var/lib/NetworkManager/secret_key", "a secret that all machines would share"},
+	{"var/lib/dbus/machine-id", "an id that all machines would share"},
 	{"var/lib/systemd/credential.secret", "a secret that all machines would share"},
 	{"var/lib/systemd/random-seed", "randomness that all machines would share"},
 	{"var/lib/urandom/random-seed", "randomness that all machines would share"},
@@ -49,7 +50,7 @@ func (p *preparation) clean(ctx context.Context) error {
 		}
 		var remove []entry
 		for _, en := range found {
-			if !en.IsDir() && !en.mount {
+			if en.Mode().IsRegular() && !en.mount {
 				remove = append(remove, en)
 			}
 		}

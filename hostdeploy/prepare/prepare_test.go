@@ -104,7 +104,7 @@ func small(t *testing.T) string {
 		"var/log/dpkg.log=x", "0660 var/log/btmp=", "var/log/sub/deep.log=x", "var/backups/dpkg.status.0=x",
 		"2775 var/mail/", "1777 var/tmp/", "var/tmp/x=", "var/run->/run",
 		"0750 var/lib/app/", "0600 var/lib/app/data.db=rows\n", "var/lib/app/current->data.db", "var/lib/app/pipe|", "var/lib/app/empty=",
-		"0750 var/lib/declared/", "var/lib/declared/a b%\"c=x", "var/lib/ucf/registry=x", "var/lib/systemd/random-seed=x",
+		"0750 var/lib/declared/", "var/lib/declared/a b%\"c=x", "var/lib/ucf/registry=x", "var/lib/systemd/random-seed=x", "var/lib/dbus/machine-id=0123456789abcdef0123456789abcdef\n",
 		"var/lib/systemd/deb-systemd-helper-enabled/x.service.dsh-also=",
 		"boot/vmlinuz-6.1=kernel", "boot/config-6.1=y", "0600 boot/System.map-6.1=map", "boot/initrd.img-6.1=initrd",
 		"boot/grub/grub.cfg=nobody's", "boot/memtest/x64.bin=a package's", "boot/vmlinuz-custom=without modules", "usr/lib/modules/6.1/kernel/x.ko=x",
