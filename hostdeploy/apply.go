@@ -2,6 +2,7 @@ package hostdeploy
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -171,6 +172,15 @@ func (p *Plan) writeState(ctx context.Context) error {
 	}
 	if err := writeFile(filepath.Join(tmp, p.ID+".origin"), data, 0o644); err != nil {
 		return err
+	}
+	if p.Etc != nil && len(p.Etc.Conflicts) > 0 {
+		list, err := json.MarshalIndent(p.Etc.Conflicts, "", "  ")
+		if err != nil {
+			return err
+		}
+		if err := writeFile(filepath.Join(tmp, conflictsFile), list, 0o644); err != nil {
+			return err
+		}
 	}
 	if err := syncFS(tmp); err != nil {
 		return err

@@ -46,6 +46,10 @@ const (
 	verityMark = "state/enable-verity"
 )
 
+// conflictsFile, below a deployment's state, has the conflicts of the merge that made its
+// /etc, where there were any.
+const conflictsFile = "conflicts.json"
+
 // stagedFile, below the run directory, is the deployment that becomes one at shutdown.
 const stagedFile = "staged.json"
 

@@ -339,6 +339,16 @@ func TestUpgradeAndBack(t *testing.T) {
 
 	// It boots.
 	h.Booted = p.ID
+	s, err := h.Status(ctx)
+	if err != nil || len(s.Conflicts) != 1 || s.Conflicts[0].Path != "/etc/conf" || s.Conflicts[0].Kept != "/etc/conf.dpkg-dist" {
+		t.Errorf("conflicts: %+v, %v", s.Conflicts, err)
+	}
+	if err := os.Remove(filepath.Join(state, "etc/conf.dpkg-dist")); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = h.Status(ctx); err != nil || len(s.Conflicts) != 0 {
+		t.Errorf("conflicts that were settled: %+v, %v", s.Conflicts, err)
+	}
 	loader.entries[1].Counter = &bootloader.Counter{Left: 2, Done: 1}
 	if d, err := h.Good(); err != nil || d.ID != p.ID {
 		t.Fatalf("Good: %v, %v", d, err)

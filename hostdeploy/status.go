@@ -2,9 +2,13 @@ package hostdeploy
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -30,8 +34,9 @@ type Status struct {
 	EtcChanges []etcmerge.Change `json:"etcChanges,omitempty"`
 	// Verity says whether the store promises fs-verity of all its files.
 	Verity bool `json:"verity"`
-	// Conflicts are files that the last merge of /etc kept beside the local ones.
-	Conflicts []string `json:"conflicts,omitempty"`
+	// Conflicts are those of the merge that made the running system's /etc, without the
+	// ones whose image's version somebody has taken away since.
+	Conflicts []etcmerge.Conflict `json:"conflicts,omitempty"`
 }
 
 // A DeploymentStatus adds to a deployment what it takes reading its image to know.
@@ -82,6 +87,9 @@ func (h *Host) Status(ctx context.Context) (*Status, error) {
 			if s.EtcChanges, err = h.etcChanges(ctx, t, d.ID); err != nil {
 				h.Warn("comparing /etc with the image's: %v", err)
 			}
+			if s.Conflicts, err = h.conflicts(d.ID); err != nil {
+				h.Warn("reading the conflicts of /etc: %v", err)
+			}
 		}
 		if d == base {
 			continue
@@ -121,4 +129,22 @@ func (h *Host) packages(d *Deployment) (*dpkg.Database, error) {
 
 func (h *Host) etcChanges(ctx context.Context, t *tree.Tree, id string) ([]etcmerge.Change, error) {
 	return etcmerge.Changes(ctx, t.Lookup("/etc"), filepath.Join(h.stateDir(id), "etc"))
+}
+
+// conflicts returns those of a deployment's merge that still stand.
+func (h *Host) conflicts(id string) ([]etcmerge.Conflict, error) {
+	data, err := os.ReadFile(filepath.Join(h.stateDir(id), conflictsFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	} else if err != nil {
+		return nil, err
+	}
+	var all []etcmerge.Conflict
+	if err := json.Unmarshal(data, &all); err != nil {
+		return nil, fmt.Errorf("%w: %s: %w", ErrFormat, conflictsFile, err)
+	}
+	return slices.DeleteFunc(all, func(c etcmerge.Conflict) bool {
+		have, err := exists(filepath.Join(h.stateDir(id), c.Kept))
+		return c.Kept != "" && err == nil && !have
+	}), nil
 }

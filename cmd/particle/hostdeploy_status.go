@@ -113,6 +113,11 @@ func printDeployment(t *term, s *hostdeploy.Status, d *hostdeploy.DeploymentStat
 			w.Flush()
 		}
 	}
+	if d.Booted {
+		for _, c := range s.Conflicts {
+			line("conflict", "%s", c)
+		}
+	}
 	if d.Booted && len(s.EtcChanges) > 0 {
 		line("/etc", "%d changes since the image", len(s.EtcChanges))
 		if verbose {

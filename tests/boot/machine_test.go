@@ -209,8 +209,13 @@ type status struct {
 	EtcChanges []struct {
 		Path string `json:"path"`
 	} `json:"etcChanges"`
-	Conflicts []string `json:"conflicts"`
-	Verity    bool     `json:"verity"`
+	Conflicts []conflict `json:"conflicts"`
+	Verity    bool       `json:"verity"`
+}
+
+type conflict struct {
+	Path string `json:"path"`
+	Kept string `json:"kept"`
 }
 
 type deployment struct {

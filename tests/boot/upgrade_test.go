@@ -102,6 +102,7 @@ func testUpgrade(t *testing.T, l loader) {
 	if len(s.Deployments) != 2 || s.Deployments[1].ID != first || s.Deployments[1].Kept != "rollback" {
 		t.Errorf("deployments after the upgrade: %+v", s.Deployments)
 	}
+	m.registry()
 	if again := m.deployed("particle hostdeploy upgrade --json"); !again.Same {
 		t.Errorf("an upgrade to what runs: %+v", again)
 	}
@@ -158,7 +159,7 @@ func TestEtc(t *testing.T) {
 	m.equal("test -e /etc/issue.net || echo gone", "gone")
 	m.equal("id -u somebody; stat -c %a /etc/hosts; cat /etc/hosts", "1234\n600\n"+hosts)
 	m.equal("stat -c %U /home/somebody/", "somebody")
-	if s := m.status(); s.booted(t).ID != d.ID || !slices.ContainsFunc(s.Conflicts, func(c string) bool { return strings.Contains(c, "particle-test.conf") }) {
+	if s := m.status(); s.booted(t).ID != d.ID || !slices.ContainsFunc(s.Conflicts, func(c conflict) bool { return c.Path == "/etc/particle-test.conf" && c.Kept == c.Path+".dpkg-dist" }) {
 		t.Errorf("status tells of the conflicts %q", s.Conflicts)
 	}
 	// The /etc that the old deployment had is still there.
