@@ -1,0 +1,2 @@
+// Package podmanext gives podman the layers of a store without a second copy.
+package podmanext
