@@ -76,6 +76,11 @@ func findKernel(t *testing.T) (kernel, modules string) {
 	roots := []string{"/"}
 	if out, err := exec.Command("podman", "image", "mount", "localhost/server").Output(); err == nil {
 		roots = append([]string{strings.TrimSpace(string(out))}, roots...)
+		t.Cleanup(func() {
+			if out, err := exec.Command("podman", "image", "umount", "localhost/server").CombinedOutput(); err != nil {
+				t.Errorf("unmounting localhost/server: %v\n%s", err, out)
+			}
+		})
 	}
 	for _, root := range roots {
 		kernels, _ := filepath.Glob(filepath.Join(root, "boot/vmlinuz-*"))

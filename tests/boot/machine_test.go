@@ -35,7 +35,7 @@ type loader struct {
 
 var loaders = []loader{
 	{"systemd-boot", vm.UEFI},
-	{"grub", vm.UEFI},
+	{"grub-efi", vm.UEFI},
 	{"grub-bios", vm.BIOS},
 	{"extlinux", vm.BIOS},
 }
