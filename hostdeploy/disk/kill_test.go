@@ -117,6 +117,13 @@ func TestIsolate(t *testing.T) {
 	cmd.Wait()
 	var used []string
 	if !settle(func() bool {
+		// What was mounted, the next run has unmounted. An empty directory may stay.
+		bases, _ := filepath.Glob(filepath.Join(os.TempDir(), "particle-disk-*"))
+		for _, base := range bases {
+			if err := os.Remove(base); err != nil {
+				t.Errorf("killed after %v: %v", delay, err)
+			}
+		}
 		c, err := Inspect(t.Context(), path)
 		if err != nil {
 			t.Fatal(err)
@@ -202,13 +209,6 @@ func TestKill(t *testing.T) {
 			t.Fatalf("after %v: %s", delay, msg.String())
 		}
 		kills++
-		// An empty directory to mount on may stay; nothing may be in it or on it.
-		bases, _ := filepath.Glob(filepath.Join(os.TempDir(), "particle-disk-*"))
-		for _, base := range bases {
-			if err := os.Remove(base); err != nil {
-				t.Errorf("killed after %v: %v", delay, err)
-			}
-		}
 		switch err := makeDisk(t.Context(), path, false); {
 		case errors.Is(err, ErrNotEmpty):
 			refused++
