@@ -117,13 +117,6 @@ func TestIsolate(t *testing.T) {
 	cmd.Wait()
 	var used []string
 	if !settle(func() bool {
-		// What was mounted, the next run has unmounted. An empty directory may stay.
-		bases, _ := filepath.Glob(filepath.Join(os.TempDir(), "particle-disk-*"))
-		for _, base := range bases {
-			if err := os.Remove(base); err != nil {
-				t.Errorf("killed after %v: %v", delay, err)
-			}
-		}
 		c, err := Inspect(t.Context(), path)
 		if err != nil {
 			t.Fatal(err)
@@ -217,6 +210,13 @@ func TestKill(t *testing.T) {
 		}
 		if err := makeDisk(t.Context(), path, true); err != nil {
 			t.Fatalf("killed after %v, and then wiped: %v", delay, err)
+		}
+		// What was mounted, the next run has unmounted. An empty directory may stay.
+		bases, _ := filepath.Glob(filepath.Join(os.TempDir(), "particle-disk-*"))
+		for _, base := range bases {
+			if err := os.Remove(base); err != nil {
+				t.Errorf("killed after %v: %v", delay, err)
+			}
 		}
 		c, err := Inspect(t.Context(), path)
 		if err != nil || len(c.Partitions) != 2 || len(c.InUse) > 0 {
