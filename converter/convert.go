@@ -286,6 +286,9 @@ func (f *fetch) one(ctx context.Context, i int) (*aLayer, error) {
 		}
 		return l, err
 	}
+	if img, ok := f.img.(Recorder); ok && !f.keeps(i) {
+		return f.record(ctx, img, i)
+	}
 	f.progress(i, LayerStarted, 0)
 	desc := f.descs[i]
 	blob, err := f.img.Blob(ctx, desc)

@@ -81,6 +81,10 @@ var examples = map[string][]example{
 		{"fetch the newest image, and boot it", "particle hostdeploy upgrade --reboot"},
 		{"boot the one before again", "particle hostdeploy rollback --reboot"},
 	},
+	"plugins": {
+		{"see what containerd would be told", "particle plugins enable containerd --dry-run"},
+		{"see which programs use the store", "particle plugins status"},
+	},
 	"doctor": {
 		{"see what this machine can do", "particle doctor"},
 	},

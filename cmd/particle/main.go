@@ -124,6 +124,7 @@ func newApp(t *term) *cli.App {
 	)
 	group("Bridges",
 		newDoctorCommand(t),
+		newPluginsCommand(t),
 	)
 	group("", newDocsCommand(t))
 	strict(app.Commands)

@@ -99,6 +99,13 @@ func (p *preparation) moveBootFile(en entry, owned map[string]bool) error {
 	if err != nil || to == "" {
 		return err
 	}
+	// update-initramfs makes one for each version that it has in its records, and those
+	// stay when a kernel is removed without the hooks of initramfs-tools.
+	if path.Base(to) == initrdName {
+		if gone, err := p.dropInitrd(en, path.Base(path.Dir(to)), owned); gone || err != nil {
+			return err
+		}
+	}
 	if there, err := p.lstat(to); err != nil {
 		return err
 	} else if isDir(there) {
@@ -139,6 +146,21 @@ func (p *preparation) dropStaleLink(en entry) error {
 	return p.removeFiles(en.path, "what it led to is gone", []entry{en})
 }
 
+// dropInitrd removes an initramfs of a version whose kernel is gone, and tells whether it
+// did.
+func (p *preparation) dropInitrd(en entry, version string, owned map[string]bool) (bool, error) {
+	if owned[en.path] {
+		return false, nil
+	}
+	dir := path.Join(modulesDir, version)
+	for _, name := range []string{path.Join(dir, "vmlinuz"), path.Join(dir, "vmlinux"), "boot/vmlinuz-" + version, "boot/vmlinux-" + version} {
+		if have, err := p.exists(name); have || err != nil {
+			return false, err
+		}
+	}
+	return true, p.removeFiles(en.path, "its kernel is gone", []entry{en})
+}
+
 // dropOrphans removes the initramfs of kernels that are gone, and links in / that lead to
 // the /boot of a build.
 func (p *preparation) dropOrphans(owned map[string]bool) error {
@@ -148,19 +170,10 @@ func (p *preparation) dropOrphans(owned map[string]bool) error {
 	}
 	for _, en := range initrds {
 		dir := path.Dir(en.path)
-		have := owned[en.path]
-		for _, name := range []string{path.Join(dir, "vmlinuz"), path.Join(dir, "vmlinux"), "boot/vmlinuz-" + path.Base(dir), "boot/vmlinux-" + path.Base(dir)} {
-			there, err := p.exists(name)
-			if err != nil {
-				return err
-			}
-			have = have || there
-		}
-		if have {
-			continue
-		}
-		if err := p.removeFiles(en.path, "its kernel is gone", []entry{en}); err != nil {
+		if gone, err := p.dropInitrd(en, path.Base(dir), owned); err != nil {
 			return err
+		} else if !gone {
+			continue
 		}
 		if left, err := p.list(dir); err != nil {
 			return err

@@ -397,6 +397,17 @@ func TestKernels(t *testing.T) {
 	if r := mustRun(t, root); len(r.Changes) != 0 {
 		t.Errorf("another run changes what is right:\n%s", lines(r))
 	}
+
+	// Or makes one of a version that has no kernel any more.
+	plant(t, root, "boot/initrd.img-6.1=stale", "usr/lib/modules/6.1/modules.dep=")
+	if got, want := lines(mustRun(t, root)), "remove  /boot/initrd.img-6.1 (its kernel is gone)"; !strings.Contains(got, want) {
+		t.Errorf("changes: got\n%swant %s", got, want)
+	}
+	for _, name := range []string{"boot/initrd.img-6.1", "usr/lib/modules/6.1/" + initrdName} {
+		if _, err := os.Lstat(filepath.Join(root, name)); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is there: %v", name, err)
+		}
+	}
 }
 
 func TestRefused(t *testing.T) {

@@ -98,7 +98,7 @@ func TestRefusals(t *testing.T) {
 	m := boot(t, l)
 	// What must not change: entries, kernels, states, names of images.
 	state := func() string {
-		return m.sh(`cd /; find boot sysroot/state -path '*/var/*' -prune -o -printf '%%p %%T@\n' | sort; cat boot/loader/entries/*; ls sysroot/composefs/images/refs; ls /run/particle; cat sysroot/state/history`)
+		return m.sh(`cd /; find boot sysroot/state \( -path '*/var/*' -o -path sysroot/state/lock \) -prune -o -printf '%%p %%T@\n' | sort; cat boot/loader/entries/*; ls sysroot/composefs/images/refs; ls /run/particle; cat sysroot/state/history`)
 	}
 	before := state()
 	unchanged := func(what string) {
@@ -181,7 +181,7 @@ func pushForeign(t testing.TB) string {
 	return "docker://" + guestRegistry + "/server:foreign"
 }
 
-// difference shows the lines that two texts do not share.
+// difference shows the first lines that two texts do not share.
 func difference(a, b string) string {
 	count := map[string]int{}
 	for line := range strings.Lines(a) {
@@ -191,7 +191,15 @@ func difference(a, b string) string {
 		count[line]++
 	}
 	var out strings.Builder
+	shown := 0
 	for line := range strings.Lines(a + "\n" + b) {
+		if shown == 20 {
+			out.WriteString("...\n")
+			break
+		}
+		if count[line] != 0 {
+			shown++
+		}
 		switch n := count[line]; {
 		case n < 0:
 			out.WriteString("- " + line)
