@@ -14,6 +14,7 @@ import (
 	"github.com/particle-os/particle/converter"
 	"github.com/particle-os/particle/converter/erofs"
 	"github.com/particle-os/particle/converter/store"
+	podmanext "github.com/particle-os/particle/podman-ext"
 	"github.com/particle-os/particle/registry"
 )
 
@@ -149,11 +150,38 @@ func convertSource(ctx context.Context, t *term, c *cli.Context, source, name st
 	if err != nil {
 		return nil, err
 	}
+	if ref.Transport == registry.ContainersStorage && !o.KeepBlobs {
+		res, err := convertLocal(ctx, t, c, ref.Name, o)
+		if !errors.Is(err, podmanext.ErrUnreadable) {
+			return res, err
+		}
+		if !errors.Is(err, podmanext.ErrNoImage) {
+			t.infof("podman writes the image to a directory first: %v", err)
+		}
+	}
 	img, err := registry.Open(ctx, ref, ro)
 	if err != nil {
 		return nil, err
 	}
 	defer img.Close()
+	st, err := openStore(t, c)
+	if err != nil {
+		return nil, err
+	}
+	p := t.newProgress()
+	defer p.stop()
+	o.Progress = p
+	return converter.Convert(ctx, img, st, o)
+}
+
+// convertLocal brings an image of podman's storage into the store straight from
+// podman's files.
+func convertLocal(ctx context.Context, t *term, c *cli.Context, name string, o converter.Options) (*converter.Result, error) {
+	img, err := podmanext.FindLocal(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	img.Link = true
 	st, err := openStore(t, c)
 	if err != nil {
 		return nil, err
