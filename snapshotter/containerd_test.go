@@ -326,7 +326,7 @@ func plugin(t testing.TB, dir string, o snapshotter.Options) (*env, string) {
 func TestContainerd(t *testing.T) {
 	requireMounts(t)
 	dir := t.TempDir()
-	e, socket := plugin(t, dir, snapshotter.Options{Differ: hasDiffProxy(containerdVersion(t))})
+	e, socket := plugin(t, dir, snapshotter.Options{})
 	d := startContainerd(t, dir, socket)
 	t.Logf("containerd %s", d.version)
 	i := runnable(t)
@@ -401,7 +401,7 @@ func TestContainerd(t *testing.T) {
 func TestContainerdPull(t *testing.T) {
 	requireMounts(t)
 	dir := t.TempDir()
-	e, socket := plugin(t, dir, snapshotter.Options{Differ: hasDiffProxy(containerdVersion(t))})
+	e, socket := plugin(t, dir, snapshotter.Options{})
 	d := startContainerd(t, dir, socket)
 	reg := newRegistry(t)
 	host := strings.TrimPrefix(reg.URL, "http://")

@@ -155,9 +155,9 @@ func makeUpper(dir string) error {
 	return nil
 }
 
-// lazy reports whether a snapshot does without the layers below: our differ does not
-// look at them.
-func (s *Snapshotter) lazy(key string) bool { return s.o.Differ && isExtract(key) }
+// lazy reports whether a snapshot does without the layers below. Our differ does not
+// look at them: once it has unpacked a layer it is the one that containerd uses.
+func (s *Snapshotter) lazy(key string) bool { return s.differs.Load() && isExtract(key) }
 
 // need mounts what a snapshot's mounts refer to.
 func (s *Snapshotter) need(ctx context.Context, a *active) error {

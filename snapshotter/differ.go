@@ -43,8 +43,7 @@ var (
 	_ diff.Comparer = (*Differ)(nil)
 )
 
-// Differ returns the differ that reads containerd's blobs. [Options].Differ should be
-// set where containerd uses it.
+// Differ returns the differ that reads containerd's blobs.
 func (s *Snapshotter) Differ(blobs Blobs) *Differ { return &Differ{s: s, blobs: blobs} }
 
 // Apply unpacks a layer.
@@ -167,6 +166,7 @@ func (s *Snapshotter) applyTo(ctx context.Context, id string, blob io.Reader) (_
 	}
 	s.state.setApplied(id, res.Tree)
 	s.counters.applied.Add(1)
+	s.differs.Store(true)
 	return ocispec.Descriptor{
 		MediaType: ocispec.MediaTypeImageLayer,
 		Digest:    digest.Digest(res.DiffID),

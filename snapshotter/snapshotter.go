@@ -62,6 +62,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -107,9 +108,6 @@ type Options struct {
 	// files of unpacked layers are linked into the store instead of copied.
 	Root  string
 	Store *store.Store
-	// Differ says that containerd uses this snapshotter's [Differ]. Then unpacking
-	// needs no mounts of the layers below.
-	Differ bool
 	// Source fetches layers that neither containerd nor the store has; nil fetches
 	// none.
 	Source Source
@@ -138,6 +136,7 @@ type Snapshotter struct {
 	trees  treeCache
 	state  volatile
 
+	differs    atomic.Bool // our differ unpacks layers
 	background sync.WaitGroup
 	ctx        context.Context // ends with Close
 	cancel     context.CancelFunc

@@ -140,7 +140,7 @@ func TestSameImage(t *testing.T) {
 	requireMounts(t)
 	ctx := inNamespace(t.Context())
 	i := testImage(t)
-	e := mustOpen(t, t.TempDir(), snapshotter.Options{Differ: true})
+	e := mustOpen(t, t.TempDir(), snapshotter.Options{})
 	c := newClient(t, e, ours(e), false)
 	if _, err := c.pull(ctx, i); err != nil {
 		t.Fatal(err)

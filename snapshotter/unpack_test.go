@@ -73,7 +73,7 @@ func TestUnpack(t *testing.T) {
 	for _, differ := range []bool{false, true} {
 		for _, parallel := range []bool{false, true} {
 			t.Run(fmt.Sprintf("differ=%t parallel=%t", differ, parallel), func(t *testing.T) {
-				e := mustOpen(t, t.TempDir(), snapshotter.Options{Differ: differ})
+				e := mustOpen(t, t.TempDir(), snapshotter.Options{})
 				how := walking
 				if differ {
 					how = ours(e)
@@ -108,7 +108,7 @@ func TestPresent(t *testing.T) {
 	requireMounts(t)
 	i := testImage(t)
 	dir := t.TempDir()
-	e := mustOpen(t, dir, snapshotter.Options{Differ: true})
+	e := mustOpen(t, dir, snapshotter.Options{})
 	want := pulled(t, newClient(t, e, ours(e), false), i)
 	for version, without := range versions {
 		for _, parallel := range []bool{false, true} {
@@ -117,7 +117,7 @@ func TestPresent(t *testing.T) {
 					t.SkipNow() // it cannot
 				}
 				// Another containerd's snapshots over the same store.
-				other, err := open(t.Context(), t.TempDir(), snapshotter.Options{Log: quiet(t), Differ: true, Store: e.store})
+				other, err := open(t.Context(), t.TempDir(), snapshotter.Options{Log: quiet(t), Store: e.store})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -189,7 +189,7 @@ func TestSparse(t *testing.T) {
 	if len(layer) > 100_000 {
 		t.Fatalf("the layer has %d bytes: it is not sparse", len(layer))
 	}
-	e := mustOpen(t, t.TempDir(), snapshotter.Options{Differ: true})
+	e := mustOpen(t, t.TempDir(), snapshotter.Options{})
 	c := newClient(t, e, ours(e), false)
 	ctx := inNamespace(t.Context())
 	i := newImage(t, layer, tarOf(t, f("other", big, 0o644)))

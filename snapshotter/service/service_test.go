@@ -59,7 +59,7 @@ func newSnapshotter(t *testing.T) (*snapshotter.Snapshotter, string) {
 		t.Fatal(err)
 	}
 	root := filepath.Join(dir, "root")
-	sn, err := snapshotter.New(t.Context(), snapshotter.Options{Root: root, Store: st, Differ: true, Log: slog.New(slog.DiscardHandler)})
+	sn, err := snapshotter.New(t.Context(), snapshotter.Options{Root: root, Store: st, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
