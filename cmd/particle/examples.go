@@ -85,6 +85,9 @@ var examples = map[string][]example{
 		{"see what containerd would be told", "particle plugins enable containerd --dry-run"},
 		{"see which programs use the store", "particle plugins status"},
 	},
+	"snapshotter": {
+		{"serve containerd's layers, as the system's unit does", "particle snapshotter --metrics 127.0.0.1:9464"},
+	},
 	"doctor": {
 		{"see what this machine can do", "particle doctor"},
 	},
@@ -98,6 +101,9 @@ var files = []place{
 	{"/var/lib/particle", "The store of a host that Particle did not boot.", "particle bootstrap convert export mount umount images inspect rm pull push diff dump info store"},
 	{"/sysroot/composefs", "The store of one that it did.", "particle bootstrap convert export mount umount images inspect rm pull push diff dump info store hostdeploy"},
 	{"/run/particle", "Directories of mounts, what the initramfs reported (boot.json), what is staged (staged.json).", "particle mount umount hostdeploy"},
+	{"/var/lib/particle-snapshotter", "Records of the snapshotter, and what containers write.", "snapshotter"},
+	{"/run/particle/snapshotter.sock", "Where containerd reaches the snapshotter.", "snapshotter plugins"},
+	{"/etc/containerd/conf.d/particle.toml", "What containerd is told about the snapshotter.", "plugins"},
 	{"/sysroot/state", "The /etc of each deployment, the /var of all, and the history.", "particle hostdeploy"},
 	{"/boot/loader/entries", "Entries of the boot menu, one a deployment (Boot Loader Specification).", "particle hostdeploy"},
 	{"/usr/lib/particle/kargs.d/*.toml", "Kernel arguments that an image brings.", "hostdeploy"},

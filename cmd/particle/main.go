@@ -125,6 +125,7 @@ func newApp(t *term) *cli.App {
 	group("Bridges",
 		newDoctorCommand(t),
 		newPluginsCommand(t),
+		newSnapshotterCommand(t),
 	)
 	group("", newDocsCommand(t))
 	strict(app.Commands)

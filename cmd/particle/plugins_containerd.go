@@ -45,8 +45,6 @@ type containerdDeclaration struct {
 	Program string           `toml:"program"`
 	Config  string           `toml:"config"`
 	DropIn  string           `toml:"drop-in"`
-	Socket  string           `toml:"socket"`
-	Root    string           `toml:"root"`
 	Forms   []containerdForm `toml:"form"`
 }
 
@@ -72,8 +70,8 @@ func newContainerdBridge(o bridgeOptions) (*containerdBridge, error) {
 	if err := toml.Unmarshal([]byte(particle.Plugins), &all); err != nil {
 		return nil, fmt.Errorf("reading plugins.toml: %w", err)
 	}
-	b := &containerdBridge{decl: all.Containerd, config: all.Containerd.Config, socket: all.Containerd.Socket}
-	root := b.decl.Root
+	b := &containerdBridge{decl: all.Containerd, config: all.Containerd.Config, socket: snapshotterSocket}
+	root := snapshotterRoot
 	for _, s := range []struct {
 		option string
 		value  *string
