@@ -250,7 +250,11 @@ func decompressor(r *bufio.Reader, head []byte) (kind string, dec io.Reader, err
 	case is("\x02\x21\x4c\x18"), is("\x04\x22\x4d\x18"): // legacy frames, and those of today
 		return "lz4", lz4.NewReader(r), nil
 	case is("\x28\xb5\x2f\xfd"):
-		z, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+		frame, err := newZstdFrame(r)
+		if err != nil {
+			return "zstd", nil, fmt.Errorf("zstd: %w", err)
+		}
+		z, err := zstd.NewReader(frame, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
 			zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderMaxMemory(maxUnpacked))
 		if err != nil {
 			return "zstd", nil, fmt.Errorf("zstd: %w", err)

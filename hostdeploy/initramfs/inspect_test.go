@@ -107,6 +107,8 @@ func TestInspect(t *testing.T) {
 	// Compressed parts one behind the other, with zeros between them.
 	check("gzip, gzip", slices.Concat(pack(t, "gzip", early), make([]byte, 512), pack(t, "gzip", full)))
 	check("gzip, zstd", slices.Concat(pack(t, "gzip", early), pack(t, "zstd", full)))
+	check("zstd, plain", slices.Concat(pack(t, "zstd", early), full))
+	check("zstd, zstd, gzip", slices.Concat(pack(t, "zstd", early), pack(t, "zstd", early), pack(t, "gzip", full)))
 	check("archives in one part", pack(t, "zstd", slices.Concat(early, full)))
 	if bzip2, err := exec.LookPath("bzip2"); err == nil {
 		cmd := exec.Command(bzip2)
