@@ -1,0 +1,18 @@
+package podmanext
+
+import "errors"
+
+// The errors of the layer store; test with errors.Is.
+var (
+	// ErrNoLayer: neither the store nor the registry's image has such a layer.
+	ErrNoLayer = errors.New("no such layer")
+	// ErrBusy: another process serves the layer store.
+	ErrBusy = errors.New("layer store in use")
+	// ErrKey: a name in the layer store that podman does not ask for.
+	ErrKey = errors.New("not the name of a layer")
+	// ErrWhiteouts: this kernel cannot show what a layer deletes (it is older than
+	// Linux 6.8, which brought escaped whiteouts).
+	ErrWhiteouts = errors.New("the kernel cannot show the deletions of a layer")
+	// ErrStalled: a registry has stopped sending.
+	ErrStalled = errors.New("the registry sends nothing")
+)
