@@ -48,7 +48,7 @@ func TestLoaders(t *testing.T) {
 				name string
 				run  func(*testing.T, host)
 			}{
-				{"Add", h.testAdd}, {"Order", h.testOrder}, {"Replace", h.testReplace}, {"Remove", h.testRemove},
+				{"Add", h.testAdd}, {"Order", h.testOrder}, {"Replace", h.testReplace}, {"Remove", h.testRemove}, {"RollBack", h.testRollBack},
 				{"Good", h.testGood}, {"FallBack", h.testFallBack}, {"LostMenu", h.testLostMenu}, {"Lines", h.testLines},
 				{"Refused", h.testRefused}, {"Kill", h.testKill}, {"Foreign", h.testForeign},
 			} {
@@ -240,6 +240,26 @@ func (h host) testRemove(t *testing.T, _ host) {
 	if got, want := show(entries(t, l)), show([]Entry{entry(13, nil), entry(12, nil)}); got != want {
 		t.Errorf("got\n%swant\n%s", got, want)
 	}
+}
+
+// testRollBack takes an upgrade back that has not been booted: by a good entry after it,
+// and by removing it.
+func (h host) testRollBack(t *testing.T, _ host) {
+	l, boot := h.open(t)
+	add(t, l, entry(11, nil), entry(12, tries(l, 3)))
+	h.wantNext(t, l, boot, "particle-12")
+	add(t, l, entry(13, nil))
+	h.wantNext(t, l, boot, "particle-13")
+	h.boot(t, boot, "particle-13")
+	h.wantNext(t, l, boot, "particle-13")
+	add(t, l, entry(14, tries(l, 3)))
+	h.wantNext(t, l, boot, "particle-14")
+	if err := l.Remove("particle-14"); err != nil {
+		t.Fatal(err)
+	}
+	h.wantNext(t, l, boot, "particle-13")
+	h.boot(t, boot, "particle-13")
+	h.wantNext(t, l, boot, "particle-13")
 }
 
 func (h host) testGood(t *testing.T, _ host) {

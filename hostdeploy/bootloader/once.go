@@ -96,7 +96,11 @@ func (l once) Add(e Entry) error {
 	if err := l.Sync(); err != nil {
 		return err
 	}
-	if e.Counter == nil || e.Counter.Left == 0 {
+	switch {
+	case e.Counter == nil:
+		// The newest good entry is the default, whatever was to be booted once before it.
+		return l.disarm("")
+	case e.Counter.Left == 0:
 		return l.disarm(e.ID)
 	}
 	// Last, since the loader must find the entry in its menu.
@@ -106,14 +110,14 @@ func (l once) Add(e Entry) error {
 	return nil
 }
 
-// disarm has the default booted next, if it is this entry that would be.
+// disarm has the default booted next, if it is this entry that would be; "" for any.
 func (l once) disarm(id string) error {
 	armed, err := l.memory.armed()
-	if err != nil || armed != id {
+	if err != nil || armed == "" || id != "" && armed != id {
 		return err
 	}
 	if err := l.memory.arm(""); err != nil {
-		return fmt.Errorf("having boot entry %q no longer booted once: %w", id, err)
+		return fmt.Errorf("having boot entry %q no longer booted once: %w", armed, err)
 	}
 	return nil
 }
