@@ -27,13 +27,23 @@ func newExportCommand(t *term) *cli.Command {
 		Usage:     "write an image of the store as OCI again",
 		ArgsUsage: "NAME TARGET",
 		Description: "TARGET is oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:TAG],\n" +
-			"containers-storage:NAME or docker://HOST/REPO[:TAG].\n\n" +
+			"containers-storage:NAME or docker://HOST/REPO[:TAG], or podman-store:DIR[:NAME],\n" +
+			"a directory from which podman 5.4 and newer run the image without a pull: it takes\n" +
+			"no room but for metadata (additionalimagestores in storage.conf).\n\n" +
 			"DiffIDs and config are always those that were converted. So is the manifest where\n" +
 			"layers are uncompressed, were compressed by particle, or were kept (--keep-blobs).",
-		Flags: exportFlags(),
+		Flags: append(exportFlags(),
+			&cli.BoolFlag{Name: "remove", Usage: "take the image out of a podman-store again"},
+		),
 		Action: func(c *cli.Context) error {
 			if c.NArg() != 2 {
 				return usagef("export takes a NAME and a TARGET, got %d arguments; see particle export --help", c.NArg())
+			}
+			if isImageStore(c.Args().Get(1)) {
+				return runImageStore(t, c, c.Args().Get(0), c.Args().Get(1))
+			}
+			if c.Bool("remove") {
+				return usagef("--remove takes an image out of a podman-store:DIR, not of %s", c.Args().Get(1))
 			}
 			return runExport(t, c, c.Args().Get(0), c.Args().Get(1))
 		},
