@@ -32,7 +32,7 @@ var (
 	ErrTarget = errors.New("the disk does not do for the boot loader")
 	// ErrNoEntry: there is no entry of that id.
 	ErrNoEntry = errors.New("no such boot entry")
-	// ErrEntry: the entry has something that the loader has no way to say.
+	// ErrEntry: the entry has something that the loader has no way to say or to start.
 	ErrEntry = errors.New("boot entry that cannot be written")
 	// ErrMenu: a file of the loader's is not what it should be.
 	ErrMenu = errors.New("bad boot menu")
@@ -74,7 +74,11 @@ type Loader interface {
 	// the first is what boots next. Files that are no entries are skipped; warn is told
 	// of those that ought to be ones.
 	Entries(warn func(format string, args ...any)) ([]Entry, error)
-	// Add makes an entry known and durable. One of the same ID is replaced.
+	// Check tells whether Add can write an entry, and changes nothing: the error is
+	// ErrEntry for what the loader has no way to say or to start.
+	Check(e Entry) error
+	// Add makes an entry known and durable. One of the same ID is replaced. Errors are
+	// those of Check, before anything is written.
 	Add(e Entry) error
 	// Remove takes an entry away. The error is ErrNoEntry where there is none.
 	Remove(id string) error

@@ -151,11 +151,15 @@ func (e *Entry) text() (string, error) {
 	return bls.Format(append(fields, e.Extra...))
 }
 
-// check tells whether an entry can be written for a loader that counts max tries. The
-// error is ErrEntry.
-func (e *Entry) check(max int) error {
+// maxCommandLine is COMMAND_LINE_SIZE of Linux on x86 and arm64 without its zero byte.
+// Loaders cut what is longer, and some of them put the files' names in front.
+const maxCommandLine = 2047
+
+// check tells whether an entry can be written for a loader that counts max tries and
+// starts EFI programs, or does not. The error is ErrEntry.
+func (e *Entry) check(max int, efi bool) error {
 	bad := func(format string, args ...any) error {
-		return fmt.Errorf("boot entry %q: %w: %s", e.ID, ErrEntry, fmt.Sprintf(format, args...))
+		return fmt.Errorf("boot entry %q: %w: %w", e.ID, ErrEntry, fmt.Errorf(format, args...))
 	}
 	switch {
 	case !ourID.MatchString(e.ID):
@@ -164,6 +168,8 @@ func (e *Entry) check(max int) error {
 		return bad("got generation %d, want 1 or more", e.Generation)
 	case (e.Linux == "") == (e.EFI == ""):
 		return bad("got linux %q and efi %q, want one of them", e.Linux, e.EFI)
+	case e.EFI != "" && !efi:
+		return bad("the loader starts no EFI program, got %q: the image needs a kernel and an initramfs of their own", e.EFI)
 	case e.EFI != "" && len(e.Initrd) > 0:
 		return bad("got efi %q with initrd %q: the initramfs is in the image", e.EFI, e.Initrd)
 	case e.Counter != nil && max == 0:
@@ -176,6 +182,13 @@ func (e *Entry) check(max int) error {
 		if name != "" && (name[0] != '/' || strings.ContainsFunc(name, notInPath)) {
 			return bad("path %q must begin with a slash and be made of letters, digits and \"/+-_.@\"", name)
 		}
+	}
+	all := fmt.Sprintf("BOOT_IMAGE=%s initrd=%s %s", e.Linux+e.EFI, strings.Join(e.Initrd, ","), e.Options)
+	if len(all) > maxCommandLine {
+		return bad("the kernel takes a command line of %d bytes, got %d with the names of its files", maxCommandLine, len(all))
+	}
+	if _, err := e.text(); err != nil {
+		return bad("%w", err)
 	}
 	return nil
 }

@@ -33,11 +33,13 @@ func (extlinux) Tries() Tries {
 	return Tries{Max: 1, How: "by \"once\" in the auxiliary data vector of ldlinux.sys"}
 }
 
+func (extlinux) Check(e Entry) error { return e.check(1, false) }
+
 func (l extlinux) Add(e Entry) error {
-	if e.EFI != "" {
-		return fmt.Errorf("boot entry %q: %w: extlinux boots no EFI program", e.ID, ErrEntry)
+	if err := l.Check(e); err != nil {
+		return err
 	}
-	return l.once.Add(e)
+	return l.add(e)
 }
 
 func (l extlinux) write(records []record, def string) error {
@@ -112,14 +114,15 @@ func (l uboot) Entries(warn func(format string, args ...any)) ([]Entry, error) {
 	return entriesOf(records), err
 }
 
-func (l uboot) Add(e Entry) error {
-	if e.EFI != "" {
-		return fmt.Errorf("boot entry %q: %w: extlinux.conf of U-Boot has no EFI programs", e.ID, ErrEntry)
-	}
+func (uboot) Check(e Entry) error {
 	if len(e.Initrd) > 1 {
 		return fmt.Errorf("boot entry %q: %w: U-Boot takes one initramfs, got %q", e.ID, ErrEntry, e.Initrd)
 	}
-	if err := e.check(0); err != nil {
+	return e.check(0, false)
+}
+
+func (l uboot) Add(e Entry) error {
+	if err := l.Check(e); err != nil {
 		return err
 	}
 	if err := l.write(&e, nil); err != nil {

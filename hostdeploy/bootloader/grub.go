@@ -69,12 +69,22 @@ func (l grub) Entries(warn func(format string, args ...any)) ([]Entry, error) {
 	return entriesOf(records), err
 }
 
-func (l grub) Add(e Entry) error {
-	if err := e.check(grubTries); err != nil {
+// startsEFI: "grub" may be either GRUB, and only one of them can.
+func (l grub) startsEFI() bool { return l.name == "grub-efi" }
+
+func (l grub) Check(e Entry) error {
+	if err := e.check(grubTries, l.startsEFI()); err != nil {
 		return err
 	}
 	if _, err := grubArgs(e.Options); err != nil {
 		return fmt.Errorf("boot entry %q: %w", e.ID, err)
+	}
+	return nil
+}
+
+func (l grub) Add(e Entry) error {
+	if err := l.Check(e); err != nil {
+		return err
 	}
 	value := ""
 	if e.Counter != nil {

@@ -39,16 +39,29 @@ func (lilo) Name() string { return "lilo" }
 
 func (lilo) Tries() Tries { return Tries{Max: 1, How: "by \"lilo -R\""} }
 
-func (l lilo) Add(e Entry) error {
+func (l lilo) Check(e Entry) error {
 	switch {
-	case e.EFI != "":
-		return fmt.Errorf("boot entry %q: %w: LILO boots no EFI program", e.ID, ErrEntry)
 	case len(e.Initrd) > 1:
 		return fmt.Errorf("boot entry %q: %w: LILO takes one initramfs, got %q", e.ID, ErrEntry, e.Initrd)
 	case len(e.ID) > liloLabel:
 		return fmt.Errorf("boot entry %q: %w: got %d bytes, LILO takes %d", e.ID, ErrEntry, len(e.ID), liloLabel)
 	}
-	return l.once.Add(e)
+	if err := e.check(1, false); err != nil {
+		return err
+	}
+	for _, name := range append([]string{e.Linux}, e.Initrd...) {
+		if _, err := l.p.local(name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l lilo) Add(e Entry) error {
+	if err := l.Check(e); err != nil {
+		return err
+	}
+	return l.add(e)
 }
 
 type liloMemory struct{ p Paths }

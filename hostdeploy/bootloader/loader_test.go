@@ -26,15 +26,17 @@ type host struct {
 	// coarse: between two calls of its program the loader has forgotten what to boot
 	// once, and boots an entry that proved good.
 	coarse bool
+	// efi: it starts EFI programs.
+	efi bool
 }
 
 var hosts = []host{
-	{"systemd-boot", nil, nextBLS, bootSystemdBoot, false},
-	{"grub-efi", nil, nextGrub, bootGrub, false},
-	{"grub-bios", nil, nextGrub, bootGrub, false},
-	{"extlinux", installFakeExtlinux, nextExtlinux, bootExtlinux, false},
-	{"u-boot", nil, nextUBoot, func(*testing.T, string, string) {}, false},
-	{"lilo", installFakeLilo, nextLilo, bootLilo, true},
+	{"systemd-boot", nil, nextBLS, bootSystemdBoot, false, true},
+	{"grub-efi", nil, nextGrub, bootGrub, false, true},
+	{"grub-bios", nil, nextGrub, bootGrub, false, false},
+	{"extlinux", installFakeExtlinux, nextExtlinux, bootExtlinux, false, false},
+	{"u-boot", nil, nextUBoot, func(*testing.T, string, string) {}, false, false},
+	{"lilo", installFakeLilo, nextLilo, bootLilo, true, false},
 }
 
 // TestLoaders runs the suite that every loader has to pass.
@@ -374,13 +376,33 @@ func (h host) testRefused(t *testing.T, _ host) {
 		{"path without a slash", func(e *Entry) { e.Linux = "a" }},
 		{"too many tries", func(e *Entry) { e.Counter = &Counter{Left: 1000} }},
 		{"negative tries", func(e *Entry) { e.Counter = &Counter{Left: -1} }},
+		{"longer than a command line", func(e *Entry) { e.Options = strings.Repeat("a", 2000) }},
 		{"bad line", func(e *Entry) { e.Extra = []bls.Field{{Key: "a b", Value: "c"}} }},
 	} {
 		e := entry(12, nil)
 		c.change(&e)
+		if err := l.Check(e); !errors.Is(err, ErrEntry) {
+			t.Errorf("%s: checking it: got error %v, want %v", c.name, err, ErrEntry)
+		}
 		if err := l.Add(e); !errors.Is(err, ErrEntry) {
 			t.Errorf("%s: got error %v, want %v", c.name, err, ErrEntry)
 		}
+	}
+	for _, e := range []Entry{entry(12, nil), entry(12, tries(l, 3))} {
+		if err := l.Check(e); err != nil {
+			t.Errorf("an entry that can be written: %v", err)
+		}
+	}
+	uki := Entry{ID: "particle-12", Generation: 12, EFI: "/particle-12/linux.efi"}
+	if err := l.Check(uki); h.efi && err != nil || !h.efi && !errors.Is(err, ErrEntry) {
+		t.Errorf("a unified kernel image: got error %v", err)
+	}
+	// What GRUB would hand on changed; the others write it as it is.
+	odd := entry(12, nil)
+	odd.Options = `a=b\c d='e' f=g"h i"`
+	isGrub := strings.HasPrefix(h.name, "grub")
+	if err := l.Check(odd); isGrub != errors.Is(err, ErrEntry) || !isGrub && err != nil {
+		t.Errorf("quotes and backslashes: got error %v", err)
 	}
 	if after := tree(t, boot); after != before {
 		t.Errorf("refused entries left something: got\n%s\nwant\n%s", after, before)

@@ -82,10 +82,8 @@ func (l once) Entries(warn func(format string, args ...any)) ([]Entry, error) {
 	return entriesOf(records), err
 }
 
-func (l once) Add(e Entry) error {
-	if err := e.check(1); err != nil {
-		return err
-	}
+// add adds an entry that the loader has checked.
+func (l once) add(e Entry) error {
 	var counter *Counter
 	if e.Counter != nil {
 		counter = &Counter{Left: 1}

@@ -23,8 +23,10 @@ func (l systemdBoot) Entries(warn func(format string, args ...any)) ([]Entry, er
 	return entriesOf(records), err
 }
 
+func (l systemdBoot) Check(e Entry) error { return e.check(l.Tries().Max, true) }
+
 func (l systemdBoot) Add(e Entry) error {
-	if err := e.check(l.Tries().Max); err != nil {
+	if err := l.Check(e); err != nil {
 		return err
 	}
 	if err := l.write(&e, e.Counter); err != nil {
