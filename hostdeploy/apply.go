@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -132,11 +133,20 @@ func appendFstab(name, lines string) error {
 	if lines == "" {
 		return nil
 	}
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o644)
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o644)
 	if err != nil {
 		return err
 	}
-	_, err = f.WriteString(lines)
+	// The last line of an image's may have no end.
+	if n, serr := f.Seek(0, io.SeekEnd); serr == nil && n > 0 {
+		last := make([]byte, 1)
+		if _, err = f.ReadAt(last, n-1); err == nil && last[0] != '\n' {
+			lines = "\n" + lines
+		}
+	}
+	if err == nil {
+		_, err = f.WriteString(lines)
+	}
 	if cerr := f.Close(); err == nil {
 		err = cerr
 	}
@@ -154,16 +164,16 @@ func (p *Plan) writeFresh(ctx context.Context, dir, dst string) error {
 
 // writeState completes the state and gives it its name.
 func (p *Plan) writeState(ctx context.Context) error {
-	name := defaultOS
-	if p.req.FreshVar {
-		name = p.ID
+	name, err := p.varName()
+	if err != nil {
+		return err
 	}
 	if err := p.makeVar(ctx, name); err != nil {
 		return err
 	}
 	dir := p.h.stateDir(p.ID)
 	tmp := dir + tempSuffix
-	if err := os.Symlink(filepath.Join("../../os", name, "var"), filepath.Join(tmp, "var")); err != nil {
+	if err := os.Symlink(varTarget(name), filepath.Join(tmp, "var")); err != nil {
 		return err
 	}
 	data, err := p.Origin.marshal()
@@ -187,6 +197,11 @@ func (p *Plan) writeState(ctx context.Context) error {
 	}
 	// State without an entry is left from a deployment that was never finished, or from
 	// one that is no longer there.
+	if used, err := p.h.used(p.ID); err != nil {
+		return err
+	} else if used {
+		return fmt.Errorf("%w: there is a boot entry of it, or it is running; make the deployment again", ErrInUse)
+	}
 	if err := removeTree(dir); err != nil {
 		return err
 	}
@@ -194,6 +209,61 @@ func (p *Plan) writeState(ctx context.Context) error {
 		return err
 	}
 	return syncDir(filepath.Dir(dir))
+}
+
+// varTarget is the target of a deployment's link to its /var.
+func varTarget(name string) string { return filepath.Join("../../os", name, "var") }
+
+// varOf returns the name of the directory in state/os that a deployment has its /var in.
+func (h *Host) varOf(id string) (string, error) {
+	link := filepath.Join(h.stateDir(id), "var")
+	target, err := os.Readlink(link)
+	if err != nil {
+		return "", fmt.Errorf("looking for /var of deployment %s: %w", ShortID(id), err)
+	}
+	if name := filepath.Base(filepath.Dir(target)); target == varTarget(name) && (name == defaultOS || ownVar(name)) {
+		return name, nil
+	}
+	return "", fmt.Errorf("%w: %q leads to %q, want %q", ErrFormat, link, target, varTarget(defaultOS))
+}
+
+// ownVar reports whether a name in state/os is that of a deployment's own /var: the id of
+// the deployment that it was made for, and perhaps "-" and a number.
+func ownVar(name string) bool {
+	id, _, _ := strings.Cut(name, "-")
+	return checkID(id) == nil
+}
+
+// varName returns the directory of the deployment's /var: a new one where it shall be
+// fresh, else that of the Base.
+func (p *Plan) varName() (string, error) {
+	switch {
+	case !p.req.FreshVar && p.req.Base == "":
+		return defaultOS, nil
+	case !p.req.FreshVar:
+		return p.h.varOf(p.req.Base)
+	}
+	// One that was made for an earlier deployment of this id may be in use by others.
+	for n := 0; ; n++ {
+		name := p.ID
+		if n > 0 {
+			name = fmt.Sprintf("%s-%d", p.ID, n)
+		}
+		if have, err := exists(p.h.path(osDir, name)); err != nil || !have {
+			return name, err
+		}
+	}
+}
+
+// used reports whether a deployment's state must not be replaced.
+func (h *Host) used(id string) (bool, error) {
+	entries, err := h.Loader.Entries(h.Warn)
+	if err != nil {
+		return false, err
+	}
+	return id == h.Booted || slices.ContainsFunc(entries, func(e bootloader.Entry) bool {
+		return bootedID(ParseArgs(e.Options)) == id
+	}), nil
 }
 
 // makeVar makes /var where there is none yet. One that exists is kept as it is.
@@ -223,20 +293,25 @@ func (p *Plan) makeVar(ctx context.Context, name string) error {
 
 // addEntry makes the deployment the default.
 func (p *Plan) addEntry(context.Context) error {
-	// The names of new directories up to the root must be there before the entry is.
-	if err := syncFS(p.h.Root); err != nil {
-		return err
+	// The names of new directories up to the root must be there before the entry is; and
+	// the kernel, which an earlier run may have copied and not got to making durable.
+	for _, dir := range []string{p.h.Root, p.h.Paths.Boot} {
+		if err := syncFS(dir); err != nil {
+			return err
+		}
 	}
-	e, err := p.h.entry(&p.Origin, func(e *bootloader.Entry) { p.files.entry(e, p.h.Paths) })
+	e, err := p.newEntry()
 	if err != nil {
 		return err
 	}
-	if n := p.tries(); n > 0 && p.req.Base != "" {
-		e.Counter = &bootloader.Counter{Left: n}
+	if e.Counter != nil {
+		if err := writeFile(p.h.trialFile(p.ID), nil, 0o644); err != nil {
+			return err
+		}
 	}
 	if err := p.h.Loader.Add(*e); err != nil {
 		return err
 	}
-	p.h.record("deployed", p.ID, p.Title)
+	p.h.record(Event{What: "deployed", ID: p.ID, Title: p.Title})
 	return nil
 }

@@ -3,6 +3,7 @@ package hostdeploy
 import (
 	"context"
 	"crypto/sha256"
+	"debug/pe"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -54,8 +55,12 @@ func newBootFiles(ctx context.Context, objects Opener, k *Kernel, force bool) (*
 	default:
 		b.files = []bootFile{{"vmlinuz", k.Linux}, {"initrd", k.Initrd}}
 	}
-	if k.Initrd != nil && k.UKI == nil && !force {
-		if err := checkInitrd(objects, k); err != nil {
+	if !force {
+		check := checkInitrd
+		if k.UKI != nil {
+			check = checkUKI
+		}
+		if err := check(objects, k); err != nil {
 			return nil, err
 		}
 	}
@@ -85,17 +90,49 @@ func checkInitrd(objects Opener, k *Kernel) error {
 		return fmt.Errorf("opening %s: %w", k.InitrdPath, err)
 	}
 	defer r.Close()
+	return inspectInitrd(r, k.InitrdPath)
+}
+
+func inspectInitrd(r io.Reader, name string) error {
 	c, err := initramfs.Inspect(r)
 	if err != nil {
-		return fmt.Errorf("looking into the initramfs %s: %w; --force deploys it unseen", k.InitrdPath, err)
+		return fmt.Errorf("looking into the initramfs %s: %w; --force deploys it unseen", name, err)
 	}
 	if !c.Program || c.Starter == "" {
-		return fmt.Errorf("%w: %s; install the package particle in the image and end its build with particle prepare", ErrNoSetup, k.InitrdPath)
+		return fmt.Errorf("%w: %s; install the package particle in the image and end its build with particle prepare", ErrNoSetup, name)
 	}
 	if missing := c.Missing(); len(missing) > 0 {
-		return fmt.Errorf("%w: %s lacks the kernel modules %s; make it again: update-initramfs -u -k %s", ErrNoSetup, k.InitrdPath, strings.Join(missing, ", "), k.Version)
+		return fmt.Errorf("%w: %s lacks the kernel modules %s; particle prepare makes it again", ErrNoSetup, name, strings.Join(missing, ", "))
 	}
 	return nil
+}
+
+// checkUKI does the same for the initramfs in a unified kernel image, and refuses one
+// with a command line of its own: under Secure Boot systemd-stub takes that and not the
+// entry's, which names the deployment. The sections are those of the UAPI group's
+// specification of unified kernel images.
+func checkUKI(objects Opener, k *Kernel) error {
+	if k.UKI.File.Object.IsZero() {
+		return fmt.Errorf("%w: %s is no unified kernel image: it has %d bytes", ErrNoKernel, k.Path, k.UKI.File.Size)
+	}
+	f, err := objects.OpenObject(k.UKI.File.Object)
+	if err != nil {
+		return fmt.Errorf("opening %s: %w", k.Path, err)
+	}
+	defer f.Close()
+	image, err := pe.NewFile(f)
+	if err != nil {
+		return fmt.Errorf("%w: reading the unified kernel image %s: %w; --force deploys it unseen", ErrNoKernel, k.Path, err)
+	}
+	if image.Section(".cmdline") != nil {
+		return fmt.Errorf("%w: the unified kernel image %s has a command line of its own, .cmdline; build it without one", ErrNoSetup, k.Path)
+	}
+	s := image.Section(".initrd")
+	if s == nil {
+		return fmt.Errorf("%w: the unified kernel image %s has none, .initrd", ErrNoInitrd, k.Path)
+	}
+	// The size on disk is rounded up.
+	return inspectInitrd(io.NewSectionReader(f, int64(s.Offset), int64(min(s.Size, s.VirtualSize))), k.Path)
 }
 
 // dir is the name of their directory on the boot file system.

@@ -78,6 +78,16 @@ func (h *Host) Prune(dry bool) (*Collected, error) {
 			left = append(left, e) // a needed one, or one that is not understood
 			continue
 		}
+		if i < 0 {
+			// Without a state it cannot boot. With one whose record cannot be read it may, and
+			// may be what somebody has pinned.
+			if have, err := exists(h.stateDir(id)); err != nil {
+				return nil, err
+			} else if have {
+				left = append(left, e)
+				continue
+			}
+		}
 		if i >= 0 && c.Kept[id] == "" {
 			c.Deployments = append(c.Deployments, id)
 		}
@@ -88,7 +98,7 @@ func (h *Host) Prune(dry bool) (*Collected, error) {
 			return nil, fmt.Errorf("removing the boot entry of deployment %s: %w", ShortID(id), err)
 		}
 		if i >= 0 {
-			h.record("removed", id, all[i].Title)
+			h.record(Event{What: "removed", ID: id, Title: all[i].Title})
 		}
 	}
 	if err := h.pruneKernels(c, left, dry); err != nil {
@@ -160,7 +170,20 @@ func (h *Host) pruneStates(c *Collected, left []bootloader.Entry, dry bool) erro
 			}
 		}
 	}
-	// The /var of its own that a deployment may have goes with it.
+	// A /var that a deployment was given for its own goes with the last one that has it.
+	vars := map[string]bool{defaultOS: true}
+	for id := range needed {
+		if have, err := exists(h.stateDir(id)); err != nil {
+			return err
+		} else if id == "" || !have {
+			continue // staged, or of another disk
+		}
+		name, err := h.varOf(id)
+		if err != nil {
+			return err
+		}
+		vars[name] = true
+	}
 	for _, dir := range []string{deployDir, osDir} {
 		entries, err := os.ReadDir(h.path(dir))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -172,7 +195,7 @@ func (h *Host) pruneStates(c *Collected, left []bootloader.Entry, dry bool) erro
 				if !dry {
 					err = os.RemoveAll(dir)
 				}
-			} else if id != defaultOS && !needed[id] && checkID(id) == nil {
+			} else if dir == h.path(deployDir, id) && !needed[id] && checkID(id) == nil || dir == h.path(osDir, id) && !vars[id] && ownVar(id) {
 				c.States = append(c.States, dir)
 				if !dry {
 					err = removeTree(dir)

@@ -29,6 +29,8 @@ var (
 	ErrFormat = errors.New("bad deployment record")
 	// ErrNoVerity: files on the physical root cannot have fs-verity.
 	ErrNoVerity = errors.New("no fs-verity")
+	// ErrReserved: a kernel argument is one of those that Particle sets itself.
+	ErrReserved = errors.New("kernel argument that Particle sets itself")
 	// ErrNoImage: the store lacks what the deployment was made of.
 	ErrNoImage = errors.New("deployment's image is not in the store")
 )

@@ -8,22 +8,31 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"time"
 )
 
 // An Event is something that happened to a host's deployments.
 type Event struct {
 	Time time.Time `json:"time"`
-	// What is "deployed", "booted", "rolled back to", "unstaged" or "removed".
+	// What is "deployed", "booted", "failed", "rolled back to", "unstaged" or "removed".
 	What  string `json:"what"`
 	ID    string `json:"id"`
 	Title string `json:"title,omitempty"`
+	// Manifest is that of an image that booted, or failed to.
+	Manifest string `json:"manifest,omitempty"`
 }
+
+const (
+	eventBooted = "booted" // for the first time, as far as boot-complete.target
+	eventFailed = "failed" // all its tries are used up
+)
 
 // record appends an event to the history. The history is for people: that it cannot be
 // written stops nothing.
-func (h *Host) record(what, id, title string) {
-	line, err := json.Marshal(Event{time.Now().UTC().Truncate(time.Second), what, id, title})
+func (h *Host) record(e Event) {
+	e.Time = time.Now().UTC().Truncate(time.Second)
+	line, err := json.Marshal(e)
 	if err == nil {
 		var f *os.File
 		if f, err = os.OpenFile(h.path(historyLog), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644); err == nil {
@@ -36,6 +45,38 @@ func (h *Host) record(what, id, title string) {
 	if err != nil {
 		h.Warn("writing the history: %v", err)
 	}
+}
+
+// recordFailures notes which deployments have used up their tries: their entries go with
+// the next Prune.
+func (h *Host) recordFailures(all []*Deployment) {
+	known, err := h.Failures()
+	if err != nil {
+		h.Warn("%v", err)
+		return
+	}
+	for _, d := range all {
+		if d.Failed && !slices.ContainsFunc(known, func(e Event) bool { return e.ID == d.ID && e.Manifest == d.Manifest }) {
+			h.record(Event{What: eventFailed, ID: d.ID, Title: d.Title, Manifest: d.Manifest})
+		}
+	}
+}
+
+// Failures returns what became of the images that used up their tries here, the oldest
+// first, and have not booted since.
+func (h *Host) Failures() ([]Event, error) {
+	all, err := h.History()
+	var failed []Event
+	for _, e := range all {
+		if e.Manifest == "" {
+			continue
+		}
+		failed = slices.DeleteFunc(failed, func(f Event) bool { return f.Manifest == e.Manifest })
+		if e.What == eventFailed {
+			failed = append(failed, e)
+		}
+	}
+	return failed, err
 }
 
 // History returns what happened, the oldest first. Lines that a power loss damaged are

@@ -83,38 +83,56 @@ type HostOptions struct {
 	Warn    func(format string, args ...any)
 }
 
-// Open opens the running host. The error is ErrNotHost where it was not deployed by
-// Particle, and [bootloader.ErrNone] where it has no boot loader.
-func Open(o HostOptions) (*Host, error) {
-	def := func(s *string, value string) {
-		if *s == "" {
-			*s = value
-		}
-	}
-	def(&o.Root, "/sysroot")
-	def(&o.Run, "/run/particle")
-	def(&o.Boot, "/boot")
-	if o.Cmdline == "" {
-		line, err := os.ReadFile("/proc/cmdline")
-		if err != nil {
-			return nil, fmt.Errorf("reading the kernel's command line: %w", err)
-		}
-		o.Cmdline = string(line)
-	}
+func (o HostOptions) defaults() HostOptions {
+	o.Root, o.Run, o.Boot = cmp.Or(o.Root, "/sysroot"), cmp.Or(o.Run, "/run/particle"), cmp.Or(o.Boot, "/boot")
 	if o.Warn == nil {
 		o.Warn = func(string, ...any) {}
 	}
-	h := &Host{Root: o.Root, Run: o.Run, Booted: bootedID(ParseArgs(o.Cmdline)), Warn: o.Warn}
+	return o
+}
+
+// running returns the id of the deployment that runs, "" for none.
+func running(o HostOptions) (string, error) {
+	if o.Cmdline == "" {
+		line, err := os.ReadFile("/proc/cmdline")
+		if err != nil {
+			return "", fmt.Errorf("reading the kernel's command line: %w", err)
+		}
+		o.Cmdline = string(line)
+	}
 	// After a soft reboot the command line is still that of the boot before.
-	if r, err := initramfs.Read(o.Run); err == nil {
-		h.Booted = cmp.Or(r.Deployment, r.Digest.String())
+	r, err := initramfs.Read(o.Run)
+	if err == nil {
+		return cmp.Or(r.Deployment, r.Digest.String()), nil
 	} else if !errors.Is(err, initramfs.ErrNoReport) {
 		o.Warn("reading what the initramfs reported: %v", err)
+	}
+	return bootedID(ParseArgs(o.Cmdline)), nil
+}
+
+// OnTrial reports whether the running deployment has not proved good yet. It needs
+// nothing of the boot file system.
+func OnTrial(o HostOptions) (bool, error) {
+	o = o.defaults()
+	id, err := running(o)
+	if err != nil || id == "" {
+		return false, err
+	}
+	return exists((&Host{Root: o.Root}).trialFile(id))
+}
+
+// Open opens the running host. The error is ErrNotHost where it was not deployed by
+// Particle, and [bootloader.ErrNone] where it has no boot loader.
+func Open(o HostOptions) (*Host, error) {
+	o = o.defaults()
+	h := &Host{Root: o.Root, Run: o.Run, Warn: o.Warn}
+	var err error
+	if h.Booted, err = running(o); err != nil {
+		return nil, err
 	}
 	if _, err := os.Stat(filepath.Join(h.Root, deployDir)); err != nil {
 		return nil, fmt.Errorf("%w: %w; particle hostdeploy install makes one", ErrNotHost, err)
 	}
-	var err error
 	if h.Store, err = store.Open(filepath.Join(h.Root, storeDir)); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNotHost, err)
 	}

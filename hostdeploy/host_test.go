@@ -85,6 +85,8 @@ func (l *memLoader) Good(id string) error {
 	return nil
 }
 
+func (l *memLoader) Check(bootloader.Entry) error { return nil }
+
 func (l *memLoader) Sync() error             { return nil }
 func (l *memLoader) Tries() bootloader.Tries { return bootloader.Tries{Max: l.max, How: "in memory"} }
 
@@ -276,7 +278,7 @@ func TestInstall(t *testing.T) {
 	if e.ID != "particle-1" || e.Counter != nil || !strings.HasPrefix(e.Linux, "/boot/particle-") || len(e.Initrd) != 1 {
 		t.Errorf("entry: %+v", e)
 	}
-	if want := "root=UUID=1 rw composefs.digest=v1-sha256-12:" + h.Booted + " console=ttyS0"; e.Options != want {
+	if want := "root=UUID=1 rw composefs.digest=v1-sha256-12:" + h.Booted + " console=ttyS0 panic=10"; e.Options != want {
 		t.Errorf("options:\n got %s\nwant %s", e.Options, want)
 	}
 	state := h.stateDir(h.Booted)
@@ -452,7 +454,7 @@ func TestSameImageTwice(t *testing.T) {
 	if want := h.Booted + ".1"; p.ID != want {
 		t.Errorf("id: got %s, want %s", p.ID, want)
 	}
-	if want := "root=UUID=1 rw composefs.digest=v1-sha256-12:" + h.Booted + " particle.deployment=" + p.ID + " debug"; loader.entries[1].Options != want {
+	if want := "root=UUID=1 rw composefs.digest=v1-sha256-12:" + h.Booted + " particle.deployment=" + p.ID + " panic=10 debug"; loader.entries[1].Options != want {
 		t.Errorf("options:\n got %s\nwant %s", loader.entries[1].Options, want)
 	}
 	if loader.entries[0].Linux != loader.entries[1].Linux {

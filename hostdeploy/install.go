@@ -2,9 +2,11 @@ package hostdeploy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/particle-os/particle/converter"
 	"github.com/particle-os/particle/converter/mount"
@@ -38,15 +40,34 @@ type NewHost struct {
 	Insecure bool
 	Warn     func(format string, args ...any)
 	Done     Done
+
+	made bool // Prepare has made the store
 }
 
 // Fill brings the image into the new host's store and returns the digest of its
 // manifest.
 type Fill func(context.Context, *store.Store) (manifest string, err error)
 
-// Prepare makes the store and the directories of the state, and fills the store. What
-// it returns may be applied.
+// Prepare makes the store and fills it. What it returns may be applied. On failure
+// nothing is left of a store that was not there before.
 func (n *NewHost) Prepare(ctx context.Context, fill Fill) (*Plan, error) {
+	p, err := n.prepare(ctx, fill)
+	if err != nil {
+		return nil, errors.Join(err, n.Discard())
+	}
+	return p, nil
+}
+
+// Discard removes the store that Prepare has made, where its plan is not to be applied.
+func (n *NewHost) Discard() error {
+	if !n.made {
+		return nil
+	}
+	n.made = false
+	return os.RemoveAll(filepath.Join(n.Root, storeDir))
+}
+
+func (n *NewHost) prepare(ctx context.Context, fill Fill) (*Plan, error) {
 	if n.Warn == nil {
 		n.Warn = func(string, ...any) {}
 	}
@@ -55,7 +76,13 @@ func (n *NewHost) Prepare(ctx context.Context, fill Fill) (*Plan, error) {
 	} else if have {
 		return nil, fmt.Errorf("installing to %q: there are deployments already, in %q; particle hostdeploy switch, on the running system, changes them", n.Root, deployDir)
 	}
-	st, err := store.Init(filepath.Join(n.Root, storeDir), store.Options{})
+	dir := filepath.Join(n.Root, storeDir)
+	have, err := exists(dir)
+	if err != nil {
+		return nil, err
+	}
+	n.made = !have
+	st, err := store.Init(dir, store.Options{})
 	if err != nil {
 		return nil, err
 	}
@@ -75,6 +102,10 @@ func (n *NewHost) Prepare(ctx context.Context, fill Fill) (*Plan, error) {
 		return nil, err
 	}
 	h := &Host{Root: n.Root, Paths: n.Paths, Loader: loader, Store: st, Warn: n.Warn}
+	if _, ok := n.Machine.Value("panic"); !ok && loader.Tries().Max > 0 {
+		// A kernel that panics is not to stand there: the next start is another try.
+		n.Machine = append(slices.Clip(n.Machine), "panic=10")
+	}
 	return NewPlan(ctx, h, Request{
 		Manifest: manifest, Reference: n.Reference, KArgs: KArgs{Boot: n.Args, Machine: n.Machine},
 		Kernel: n.Kernel, Force: n.Force, Insecure: n.Insecure, Fstab: n.Fstab,

@@ -88,6 +88,15 @@ func checkArgs(args Args) error {
 	return nil
 }
 
+// reserved reports whether an argument says which deployment boots.
+func reserved(arg string) bool {
+	switch name, _ := cutArg(arg); name {
+	case "composefs", "composefs.digest", "particle.deployment":
+		return true
+	}
+	return false
+}
+
 // KArgs are a deployment's kernel arguments by where they come from.
 type KArgs struct {
 	Boot    Args `json:"boot"`    // what Particle needs: the root and the image's digest
@@ -123,6 +132,11 @@ func (e *Edit) Empty() bool { return len(e.Delete)+len(e.Replace)+len(e.Append) 
 func (e *Edit) Apply(k KArgs) (KArgs, error) {
 	if err := checkArgs(slices.Concat(e.Delete, e.Replace, e.Append)); err != nil {
 		return k, err
+	}
+	for _, arg := range slices.Concat(e.Append, e.Replace) {
+		if reserved(arg) {
+			return k, fmt.Errorf("%w: %q", ErrReserved, arg)
+		}
 	}
 	remove := func(arg string) error {
 		if rest, ok := k.Boot.Delete(arg); ok {

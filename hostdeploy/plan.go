@@ -47,17 +47,19 @@ type Request struct {
 	// Force deploys what Particle thinks does not boot: an image without initramfs, or
 	// with one that does not set up the root.
 	Force bool `json:"force,omitempty"`
-	// Insecure lets the system boot where files have no fs-verity.
+	// Insecure lets the system boot where files have no fs-verity. What is based on such
+	// a deployment is such a deployment.
 	Insecure bool `json:"insecure,omitempty"`
 	// Fstab is appended to the image's /etc/fstab where there is no Base.
 	Fstab string `json:"fstab,omitempty"`
-	// ID is set once the deployment is staged.
+	// ID is set once the deployment is staged, and then only Finalize asks with it.
 	ID string `json:"id,omitempty"`
 }
 
 // A Step is one thing that a plan does.
 type Step struct {
-	// Name is short and stable: "keep", "kernel", "stage", "etc", "state", "entry".
+	// Name is short and stable: "keep", "kernel", "stage", "unstage", "etc", "state",
+	// "entry".
 	Name string `json:"name"`
 	// Text says what is done, to what.
 	Text string `json:"text"`
@@ -82,6 +84,7 @@ type Plan struct {
 	objects Opener
 	tree    *tree.Tree // what is booted
 	files   *bootFiles
+	forget  bool // what is staged is superseded
 }
 
 // NewPlan works out how to deploy an image. With stage it is only made ready: Finalize
@@ -95,12 +98,23 @@ func NewPlan(ctx context.Context, h *Host, req Request, stage bool) (*Plan, erro
 	if err := p.readImage(ctx); err != nil {
 		return nil, err
 	}
-	all, err := h.Deployments()
-	if err != nil {
+	if err := p.settle(); err != nil {
 		return nil, err
 	}
-	if err := p.settle(all); err != nil {
-		return nil, err
+	if !stage && req.ID == "" {
+		staged, err := h.staged()
+		if err != nil {
+			return nil, err
+		}
+		p.forget = staged != nil
+	}
+	// What the loader cannot write must not come out at shutdown.
+	entry, err := p.newEntry()
+	if err == nil {
+		err = h.Loader.Check(*entry)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("writing the boot entry for %q: %w", p.Title, err)
 	}
 	entries, err := h.Loader.Entries(h.Warn)
 	if err != nil {
@@ -183,7 +197,7 @@ func imageVersion(s *converter.Stored, sys *System) string {
 }
 
 // settle chooses the id and the kernel arguments.
-func (p *Plan) settle(all []*Deployment) error {
+func (p *Plan) settle() error {
 	machine, user := p.req.KArgs, KArgs{}
 	if p.req.Base != "" {
 		base, err := p.h.origin(p.req.Base)
@@ -195,26 +209,35 @@ func (p *Plan) settle(all []*Deployment) error {
 			user = base.KArgs
 		}
 	}
+	insecure := p.req.Insecure
+	if v, ok := machine.Boot.Value("composefs.digest"); ok {
+		insecure = insecure || strings.HasPrefix(v, "?")
+	}
 	p.ID = p.req.ID
 	for n := 0; p.ID == ""; n++ {
 		id := p.Digest.String()
 		if n > 0 {
 			id = fmt.Sprintf("%s.%d", id, n)
 		}
-		if !slices.ContainsFunc(all, func(d *Deployment) bool { return d.ID == id && !d.Staged }) {
+		if used, err := p.h.used(id); err != nil {
+			return err
+		} else if !used {
 			p.ID = id
 		}
 	}
 	k := KArgs{Machine: machine.Machine, Image: p.KArgs.Image, User: user.User, Deleted: user.Deleted}
 	for _, a := range machine.Boot {
-		switch name, _ := cutArg(a); name {
-		case "composefs", "composefs.digest", "particle.deployment":
-		default:
+		if !reserved(a) {
 			k.Boot = append(k.Boot, a)
 		}
 	}
+	for origin, args := range map[string]Args{"image": k.Image, "machine": k.Machine} {
+		if i := slices.IndexFunc(args, reserved); i >= 0 {
+			return fmt.Errorf("%w: %q, which comes from the %s", ErrReserved, args[i], origin)
+		}
+	}
 	digest := digestText(p.Digest)
-	if p.req.Insecure {
+	if insecure {
 		digest = "?" + digest
 	}
 	k.Boot = append(k.Boot, "composefs.digest="+digest)
@@ -251,9 +274,12 @@ func (p *Plan) addSteps(stage, present bool) {
 		add("kernel", p.files.size(), func(ctx context.Context) error { return p.files.write(ctx, p.objects, h.Paths) },
 			"copy kernel %s to %s", p.Kernel, filepath.Join(h.Paths.Boot, p.files.dir()))
 	}
-	if stage {
+	switch {
+	case stage:
 		add("stage", 0, p.stage, "stage deployment %s for the next shutdown in %s", ShortID(p.ID), filepath.Join(h.Run, stagedFile))
 		return
+	case p.forget:
+		add("unstage", 0, func(context.Context) error { _, err := h.Unstage(); return err }, "forget the staged deployment")
 	}
 	add("etc", 0, p.writeEtc, "%s", p.etcText())
 	add("state", 0, p.writeState, "name the deployment's state %s", h.stateDir(p.ID))
@@ -283,6 +309,18 @@ func (p *Plan) triesText() string {
 	default:
 		return fmt.Sprintf("to be tried %d times", n)
 	}
+}
+
+// newEntry returns the boot entry as it would be added now.
+func (p *Plan) newEntry() (*bootloader.Entry, error) {
+	e, err := p.h.entry(&p.Origin, func(e *bootloader.Entry) { p.files.entry(e, p.h.Paths) })
+	if err != nil {
+		return nil, err
+	}
+	if n := p.tries(); n > 0 && p.req.Base != "" {
+		e.Counter = &bootloader.Counter{Left: n}
+	}
+	return e, nil
 }
 
 // entry returns the boot entry of a new generation for a deployment.

@@ -3,7 +3,10 @@ package hostdeploy
 import (
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/particle-os/particle/hostdeploy/bootloader"
 )
@@ -47,7 +50,8 @@ func (h *Host) Rollback(name string) (*Deployment, error) {
 	if _, err := h.Unstage(); err != nil {
 		return nil, err
 	}
-	if to.Default {
+	if i := slices.IndexFunc(all, func(d *Deployment) bool { return !d.Staged }); all[i] == to {
+		to.Default = true
 		return to, nil // what was staged is gone, this boots
 	}
 	return to, h.promote(to)
@@ -65,6 +69,9 @@ func (h *Host) promote(d *Deployment) error {
 	// One that failed, or never proved good, has to prove itself.
 	if n := min(DefaultTries, h.Loader.Tries().Max); d.Entry.Counter != nil && n > 0 {
 		e.Counter = &bootloader.Counter{Left: n}
+		if err := writeFile(h.trialFile(d.ID), nil, 0o644); err != nil {
+			return err
+		}
 	}
 	if err := h.Loader.Add(*e); err != nil {
 		return err
@@ -72,7 +79,7 @@ func (h *Host) promote(d *Deployment) error {
 	if err := h.Loader.Remove(d.Entry.ID); err != nil && !errors.Is(err, bootloader.ErrNoEntry) {
 		return err
 	}
-	h.record("rolled back to", d.ID, d.Title)
+	h.record(Event{What: "rolled back to", ID: d.ID, Title: d.Title})
 	d.Entry, d.Generation, d.Default = e, e.Generation, true
 	return nil
 }
@@ -115,6 +122,10 @@ func (h *Host) Pin(name string, yes bool) (*Deployment, error) {
 	return d, writeFile(filepath.Join(h.stateDir(d.ID), d.ID+".origin"), data, 0o644)
 }
 
+// trialFile is there from before a deployment's entry counts tries until one succeeded.
+// It says so where the entries cannot be read: the boot file system may be what fails.
+func (h *Host) trialFile(id string) string { return filepath.Join(h.stateDir(id), "trial") }
+
 // Good ends the counting of the running deployment's tries: it has booted. It returns
 // the deployment, nil where none runs.
 func (h *Host) Good() (*Deployment, error) {
@@ -125,14 +136,20 @@ func (h *Host) Good() (*Deployment, error) {
 	if err != nil {
 		return nil, err
 	}
+	h.recordFailures(all)
 	d := booted(all)
-	if d == nil || d.Entry == nil || d.Entry.Counter == nil {
+	if d == nil || d.Entry == nil {
 		return d, nil
 	}
-	if err := h.Loader.Good(d.Entry.ID); err != nil {
+	if d.Entry.Counter != nil {
+		if err := h.Loader.Good(d.Entry.ID); err != nil {
+			return nil, err
+		}
+		h.record(Event{What: eventBooted, ID: d.ID, Title: d.Title, Manifest: d.Manifest})
+		d.Tries, d.Failed, d.Entry.Counter = nil, false, nil
+	}
+	if err := os.Remove(h.trialFile(d.ID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	h.record("booted", d.ID, d.Title)
-	d.Tries, d.Failed, d.Entry.Counter = nil, false, nil
 	return d, nil
 }

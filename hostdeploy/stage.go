@@ -73,7 +73,7 @@ func (h *Host) Unstage() (bool, error) {
 	if err := os.Remove(filepath.Join(h.Run, stagedFile)); err != nil {
 		return false, err
 	}
-	h.record("unstaged", r.Origin.ID, r.Origin.Title)
+	h.record(Event{What: "unstaged", ID: r.Origin.ID, Title: r.Origin.Title})
 	return true, nil
 }
 

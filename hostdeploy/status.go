@@ -32,6 +32,8 @@ type Status struct {
 	BootSize int64  `json:"bootSize"`
 	// EtcChanges are the differences of the running system's /etc from its image's.
 	EtcChanges []etcmerge.Change `json:"etcChanges,omitempty"`
+	// Failures are the images that used up their tries here and have not booted since.
+	Failures []Event `json:"failures,omitempty"`
 	// Verity says whether the store promises fs-verity of all its files.
 	Verity bool `json:"verity"`
 	// Conflicts are those of the merge that made the running system's /etc, without the
@@ -67,6 +69,15 @@ func (h *Host) Status(ctx context.Context) (*Status, error) {
 	if h.Run != "" {
 		if s.Boot, err = initramfs.Read(h.Run); err != nil && !errors.Is(err, initramfs.ErrNoReport) {
 			h.Warn("reading what the initramfs reported: %v", err)
+		}
+	}
+	if s.Failures, err = h.Failures(); err != nil {
+		h.Warn("%v", err)
+	}
+	// What has an entry that says so need not be in the history yet.
+	for _, d := range all {
+		if d.Failed && !slices.ContainsFunc(s.Failures, func(e Event) bool { return e.Manifest == d.Manifest }) {
+			s.Failures = append(s.Failures, Event{What: eventFailed, ID: d.ID, Title: d.Title, Manifest: d.Manifest})
 		}
 	}
 	keep := Keep(all)

@@ -167,12 +167,17 @@ type deployed struct {
 	Phases []phase `json:"phases"`
 }
 
-// deploy plans and, unless only the plan is wanted, applies it. unchanged says what to
-// print where the deployment would be the one that boots next anyway, "" to deploy it
-// nevertheless.
-func deploy(t *term, c *cli.Context, h *hostdeploy.Host, req hostdeploy.Request, p *phases, unchanged string) error {
-	req.Kernel, req.FreshVar = c.String("kernel"), req.FreshVar || c.Bool("fresh-var")
-	req.Force, req.Insecure = c.Bool("force"), c.Bool("allow-missing-verity")
+// deploy plans and, unless only the plan is wanted, applies it. unchanged is for verbs
+// that deploy nothing where that would change nothing: it returns what to print then,
+// "" where there is something to do.
+func deploy(t *term, c *cli.Context, h *hostdeploy.Host, req hostdeploy.Request, p *phases, unchanged func(*hostdeploy.Plan) string) error {
+	// What is staged anew keeps what was asked for with it.
+	req.ID = ""
+	if c.IsSet("kernel") {
+		req.Kernel = c.String("kernel")
+	}
+	req.FreshVar = req.FreshVar || c.Bool("fresh-var")
+	req.Force, req.Insecure = req.Force || c.Bool("force"), req.Insecure || c.Bool("allow-missing-verity")
 	soft := c.Bool("soft-reboot")
 	stage := !c.Bool("now") && !soft
 	start := time.Now()
@@ -182,20 +187,23 @@ func deploy(t *term, c *cli.Context, h *hostdeploy.Host, req hostdeploy.Request,
 	}
 	p.add("plan", start, 0)
 	res := deployed{Plan: plan, DryRun: c.Bool("dry-run"), Staged: stage}
-	if unchanged != "" {
-		all, err := h.Deployments()
-		if err != nil {
-			return err
-		}
-		res.Same = len(all) > 0 && plan.Same(all[0])
+	why := ""
+	if unchanged != nil {
+		why = unchanged(plan)
+		res.Same = why != ""
 	}
+	all, err := h.Deployments()
+	if err != nil {
+		return err
+	}
+	// It may be staged already, and is to be booted now.
+	restart := !res.Same || len(all) > 0 && !all[0].Booted && plan.Same(all[0])
 	switch {
 	case res.Same:
-		if !c.Bool("json") {
-			t.printf("%s\n", unchanged)
-			return nil
-		}
 		plan.Steps = nil
+		if !c.Bool("json") {
+			t.printf("%s\n", why)
+		}
 	case res.DryRun:
 		if !c.Bool("json") {
 			printPlan(t, plan)
@@ -216,10 +224,10 @@ func deploy(t *term, c *cli.Context, h *hostdeploy.Host, req hostdeploy.Request,
 	}
 	if res.Phases = p.all; c.Bool("json") {
 		err = t.printJSON(res)
-	} else {
+	} else if !res.Same {
 		printDeployed(t, plan, stage)
 	}
-	if err != nil || res.Same || res.DryRun {
+	if err != nil || !restart || res.DryRun {
 		return err
 	}
 	switch {

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"os"
+	"slices"
 
 	"github.com/urfave/cli/v2"
 
@@ -81,12 +82,12 @@ func newBootFailedCommand(t *term) *cli.Command {
 		Flags:  bootFlags(),
 		Action: func(c *cli.Context) error {
 			h, err := openHost(t, c)
-			if err != nil {
-				return err
+			var all []*hostdeploy.Deployment
+			if err == nil {
+				all, err = h.Deployments()
 			}
-			all, err := h.Deployments()
-			if err != nil {
-				return err
+			if err != nil || !slices.ContainsFunc(all, func(d *hostdeploy.Deployment) bool { return d.Booted }) {
+				return bootFailedBlind(t, c, err)
 			}
 			fallback := false
 			for _, d := range all {
@@ -118,4 +119,22 @@ func newBootFailedCommand(t *term) *cli.Command {
 			return systemctl(c.Context, "reboot")
 		},
 	}
+}
+
+// bootFailedBlind is for a system that cannot read its boot entries, whose boot file
+// system may be what failed. The loader counts the tries: one more start is one less.
+func bootFailedBlind(t *term, c *cli.Context, reason error) error {
+	if reason != nil {
+		t.warnf("%v", reason)
+	}
+	trial, err := hostdeploy.OnTrial(hostdeploy.HostOptions{Root: c.String("sysroot"), Warn: t.warnf})
+	if err != nil {
+		return errors.Join(reason, err)
+	}
+	if !trial {
+		t.warnf("the boot entries cannot be read; the running system was good before, so it stays")
+		return nil
+	}
+	t.warnf("the boot entries cannot be read; the running system has never been good: another try, or another system, is next")
+	return systemctl(c.Context, "reboot")
 }

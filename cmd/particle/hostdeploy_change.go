@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os/exec"
+	"slices"
 	"strings"
 	"time"
 
@@ -63,7 +64,29 @@ func base(h *hostdeploy.Host, all []*hostdeploy.Deployment) (*hostdeploy.Deploym
 	return nil, fmt.Errorf("%w: the host has no deployment with a boot entry", hostdeploy.ErrNoDeployment)
 }
 
+// look opens the host without keeping its lock: what it finds may change. It fails where
+// another run is at work, before anything is fetched for nothing.
+func look(t *term, c *cli.Context) (*hostdeploy.Host, []*hostdeploy.Deployment, error) {
+	h, all, unlock, err := change(t, c)
+	if err == nil {
+		unlock()
+	}
+	return h, all, err
+}
+
 func runSwitch(t *term, c *cli.Context, image string) error {
+	h, all, err := look(t, c)
+	if err != nil {
+		return err
+	}
+	if _, err := base(h, all); err != nil {
+		return err
+	}
+	p := &phases{t: t}
+	manifest, reference, err := fetch(c.Context, t, c, h.Store, image, p)
+	if err != nil {
+		return err
+	}
 	h, all, unlock, err := change(t, c)
 	if err != nil {
 		return err
@@ -73,19 +96,16 @@ func runSwitch(t *term, c *cli.Context, image string) error {
 	if err != nil {
 		return err
 	}
-	p := &phases{t: t}
-	manifest, reference, err := fetch(c.Context, t, c, h.Store, image, p)
-	if err != nil {
-		return err
-	}
 	req := hostdeploy.Request{Manifest: manifest, Reference: reference, Base: from.ID}
-	return deploy(t, c, h, req, p, "")
+	return deploy(t, c, h, req, p, nil)
 }
 
 func newUpgradeCommand(t *term) *cli.Command {
 	return &cli.Command{
 		Name:  "upgrade",
 		Usage: "deploy the newest version of the running image",
+		Description: "An image that used up its tries on this host is not deployed again without --force.\n" +
+			"What is staged keeps its other changes, as those of the kernel arguments.",
 		Flags: append(append(deployFlags(), bootFlags()...),
 			&cli.BoolFlag{Name: "check", Usage: "only look whether there is one: status 0 if so, 3 if not"}),
 		Action: func(c *cli.Context) error {
@@ -101,6 +121,22 @@ func newUpgradeCommand(t *term) *cli.Command {
 const exitNoUpdate = 3
 
 func runUpgrade(t *term, c *cli.Context) error {
+	h, all, err := look(t, c)
+	if err != nil {
+		return err
+	}
+	reference, err := updatesFrom(h, all)
+	if err != nil {
+		return err
+	}
+	if c.Bool("check") {
+		return checkUpgrade(t, c, h, all, reference)
+	}
+	p := &phases{t: t}
+	manifest, reference, err := fetch(c.Context, t, c, h.Store, reference, p)
+	if err != nil {
+		return err
+	}
 	h, all, unlock, err := change(t, c)
 	if err != nil {
 		return err
@@ -110,29 +146,70 @@ func runUpgrade(t *term, c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	// What is staged may come from a switch: updates come from there.
-	reference := from.Reference
-	if all[0].Staged {
-		reference = all[0].Reference
-	}
-	if reference == "" {
-		return fmt.Errorf("upgrading: the running image came from no place that has updates; particle hostdeploy switch IMAGE names one")
-	}
-	if c.Bool("check") {
-		return checkUpgrade(t, c, all, reference)
-	}
-	p := &phases{t: t}
-	manifest, reference, err := fetch(c.Context, t, c, h.Store, reference, p)
+	noUpdate, err := noUpdateReason(c, h, all, from, reference)
 	if err != nil {
 		return err
 	}
-	req := hostdeploy.Request{Manifest: manifest, Reference: reference, Base: from.ID}
-	return deploy(t, c, h, req, p, "no update: "+reference+" is what boots next")
+	req := hostdeploy.Request{Base: from.ID}
+	if all[0].Staged {
+		if req, err = h.StagedRequest(); err != nil {
+			return err
+		}
+	}
+	req.Manifest, req.Reference = manifest, reference
+	return deploy(t, c, h, req, p, func(plan *hostdeploy.Plan) string {
+		if plan.Same(all[0]) {
+			if all[0].Staged && c.Bool("now") || !all[0].Booted && c.Bool("soft-reboot") {
+				return "" // it is to be more than it is
+			}
+			return "no update: " + reference + " is what boots next"
+		}
+		return noUpdate(plan.Manifest)
+	})
 }
 
-// checkUpgrade compares the manifest at the reference with that of the deployment that
-// boots next.
-func checkUpgrade(t *term, c *cli.Context, all []*hostdeploy.Deployment, reference string) error {
+// noUpdateReason returns a function that says of an image, other than what boots next, why
+// it is no update, "" where it is one.
+func noUpdateReason(c *cli.Context, h *hostdeploy.Host, all []*hostdeploy.Deployment, from *hostdeploy.Deployment, reference string) (func(manifest string) string, error) {
+	failures, err := h.Failures()
+	return func(manifest string) string {
+		switch {
+		case from.Booted && !all[0].Booted && !all[0].Staged && manifest == from.Manifest:
+			// Somebody has rolled back, and this is what they leave.
+			return "no update: " + reference + " is what runs; " + all[0].Name() + " boots next"
+		case !c.Bool("force") && slices.ContainsFunc(failures, func(e hostdeploy.Event) bool { return e.Manifest == manifest }):
+			return "no update: " + reference + " is the image that used up its tries here; --force deploys it again"
+		}
+		return ""
+	}, err
+}
+
+// updatesFrom returns the reference that updates come from: that of the running
+// deployment, or of what is staged, which may come from a switch.
+func updatesFrom(h *hostdeploy.Host, all []*hostdeploy.Deployment) (string, error) {
+	from, err := base(h, all)
+	if err != nil {
+		return "", err
+	}
+	if all[0].Staged {
+		from = all[0]
+	}
+	if from.Reference == "" {
+		return "", fmt.Errorf("upgrading: the running image came from no place that has updates; particle hostdeploy switch IMAGE names one")
+	}
+	return from.Reference, nil
+}
+
+// checkUpgrade tells whether an upgrade to the manifest at the reference would deploy it.
+func checkUpgrade(t *term, c *cli.Context, h *hostdeploy.Host, all []*hostdeploy.Deployment, reference string) error {
+	from, err := base(h, all)
+	if err != nil {
+		return err
+	}
+	noUpdate, err := noUpdateReason(c, h, all, from, reference)
+	if err != nil {
+		return err
+	}
 	ref, err := registry.ParseRef(reference)
 	if err != nil {
 		return err
@@ -155,7 +232,11 @@ func checkUpgrade(t *term, c *cli.Context, all []*hostdeploy.Deployment, referen
 		Manifest  string `json:"manifest"`
 		Update    bool   `json:"update"`
 	}{Reference: reference, Manifest: sha256Of(raw).String()}
-	res.Update = res.Manifest != all[0].Manifest
+	why := noUpdate(res.Manifest)
+	if res.Manifest == all[0].Manifest {
+		why = "no update: " + reference + " is what boots next"
+	}
+	res.Update = why == ""
 	if c.Bool("json") {
 		if err := t.printJSON(res); err != nil {
 			return err
@@ -163,7 +244,7 @@ func checkUpgrade(t *term, c *cli.Context, all []*hostdeploy.Deployment, referen
 	} else if res.Update {
 		t.printf("update: %s is %s\n", reference, res.Manifest)
 	} else {
-		t.printf("no update: %s is what boots next\n", reference)
+		t.printf("%s\n", why)
 	}
 	if !res.Update {
 		return statusError(exitNoUpdate)
@@ -265,7 +346,7 @@ func runKargs(t *term, c *cli.Context) error {
 		}
 	}
 	req.Edits = append(req.Edits, edit)
-	return deploy(t, c, h, req, &phases{t: t}, "")
+	return deploy(t, c, h, req, &phases{t: t}, nil)
 }
 
 func printKargs(t *term, indent string, k *hostdeploy.KArgs) {
@@ -300,7 +381,7 @@ func newResetCommand(t *term) *cli.Command {
 				return err
 			}
 			req := hostdeploy.Request{Manifest: from.Manifest, Reference: from.Reference, Base: from.ID, FreshEtc: true, FreshVar: true, NoUserArgs: true}
-			return deploy(t, c, h, req, &phases{t: t}, "")
+			return deploy(t, c, h, req, &phases{t: t}, nil)
 		},
 	}
 }

@@ -86,7 +86,7 @@ func installFlags() []cli.Flag {
 		&cli.StringFlag{Name: "kernel", Usage: "boot this `VERSION` of the image's kernels (default: the newest)"},
 		&cli.BoolFlag{Name: "force", Usage: "install an image that lacks an initramfs, or Particle's part of it"},
 		&cli.BoolFlag{Name: "allow-missing-verity", Usage: "let it boot where files have no fs-verity"},
-		&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be done and do nothing"},
+		&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be done and leave nothing behind"},
 		&cli.BoolFlag{Name: "json", Usage: "print the result as JSON"},
 	)
 }
@@ -310,6 +310,9 @@ func installToFilesystem(t *term, c *cli.Context, dir string) error {
 		return err
 	}
 	if c.Bool("dry-run") {
+		if err := n.Discard(); err != nil {
+			return err
+		}
 		if c.Bool("json") {
 			return t.printJSON(installed{plan, p.all})
 		}

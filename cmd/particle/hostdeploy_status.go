@@ -51,6 +51,9 @@ func runStatus(t *term, c *cli.Context) error {
 		}
 		printDeployment(t, s, d, c.Bool("verbose"))
 	}
+	for _, e := range s.Failures {
+		t.printf("\nfailed: %s (%s) used up its tries, so another system was booted\n", e.Title, hostdeploy.ShortID(e.ID))
+	}
 	fallback := "no fall back by itself"
 	if s.Fallback != "" {
 		fallback = "falls back by itself: " + s.Fallback
@@ -92,6 +95,9 @@ func printDeployment(t *term, s *hostdeploy.Status, d *hostdeploy.DeploymentStat
 	line("kernel", "%s", d.Kernel)
 	if d.Booted && s.Boot != nil {
 		line("verification", "%s: %s", s.Boot.Verification, s.Boot.Why)
+		if len(s.Boot.Transient) > 0 {
+			line("transient", "%s: what is written there is lost, and not what was verified", strings.Join(s.Boot.Transient, ", "))
+		}
 	}
 	if d.Tries != nil && !d.Failed {
 		line("tries left", "%d", *d.Tries)

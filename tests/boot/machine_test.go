@@ -31,13 +31,14 @@ var (
 type loader struct {
 	name     string // as --bootloader takes it
 	firmware vm.Firmware
+	tries    int // of a new deployment, where it fails
 }
 
 var loaders = []loader{
-	{"systemd-boot", vm.UEFI},
-	{"grub-efi", vm.UEFI},
-	{"grub-bios", vm.BIOS},
-	{"extlinux", vm.BIOS},
+	{"systemd-boot", vm.UEFI, 3},
+	{"grub-efi", vm.UEFI, 3},
+	{"grub-bios", vm.BIOS, 3},
+	{"extlinux", vm.BIOS, 1},
 }
 
 // oneLoader is what tests take for which the loader does not matter.
@@ -210,8 +211,11 @@ type status struct {
 		Path string `json:"path"`
 	} `json:"etcChanges"`
 	Conflicts []conflict `json:"conflicts"`
+	Failures  []failure  `json:"failures"`
 	Verity    bool       `json:"verity"`
 }
+
+type failure struct{ ID, Manifest string }
 
 type conflict struct {
 	Path string `json:"path"`
