@@ -225,13 +225,24 @@ func (d entryDir) write(e *Entry, counter *Counter) error {
 // makeDir makes the directory, and the mark that its entries follow the specification
 // ("Standard-conformance Marker File").
 func (d entryDir) makeDir() error {
+	if err := d.removeTemps(); err != nil {
+		return err
+	}
 	if _, err := os.Stat(d.dir()); err == nil {
-		return removeTemps(d.dir())
+		return nil
 	}
 	if err := updateFile(filepath.Join(d.p.Boot, "loader", "entries.srel"), []byte("type1\n")); err != nil {
 		return fmt.Errorf("marking the directory of boot entries: %w", err)
 	}
 	return makeDir(d.dir())
+}
+
+// removeTemps removes unfinished files of the directory and of the settings above it.
+func (d entryDir) removeTemps() error {
+	if err := removeTemps(filepath.Dir(d.dir())); err != nil {
+		return err
+	}
+	return removeTemps(d.dir())
 }
 
 // files returns the names of an entry's files: one, but for a crash.
@@ -297,7 +308,7 @@ func (d entryDir) good(id string) error {
 
 // tidy removes what a crash left.
 func (d entryDir) tidy() error {
-	if err := removeTemps(d.dir()); err != nil {
+	if err := d.removeTemps(); err != nil {
 		return err
 	}
 	_, spare, err := d.read(nil)

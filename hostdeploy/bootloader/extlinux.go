@@ -55,7 +55,11 @@ func (l extlinux) write(records []record, def string) error {
 	if rerr := removeTemps(filepath.Dir(l.p.extlinuxConf())); rerr != nil {
 		return rerr
 	}
-	if err := updateFile(l.p.extlinuxConf(), []byte(extlinuxConfig(records, def, s, err == nil))); err != nil {
+	previous, perr := previousMenus(l.p.extlinuxConf())
+	if perr != nil {
+		return perr
+	}
+	if err := updateFile(l.p.extlinuxConf(), []byte(extlinuxConfig(records, def, s, err == nil, previous))); err != nil {
 		return fmt.Errorf("writing the menu of extlinux: %w", err)
 	}
 	return nil
@@ -64,13 +68,13 @@ func (l extlinux) write(records []record, def string) error {
 // extlinuxConfig prints the menu (doc/syslinux.txt and doc/menu.txt of syslinux 6.04).
 // SERIAL has to be the first directive; TIMEOUT counts tenths of a second, 0 waits for
 // ever. What follows APPEND is the command line as it is; "^" in a title would mark a
-// letter and cannot be written.
-func extlinuxConfig(records []record, def string, s settings, menu bool) string {
+// letter and cannot be written. CONFIG starts anew with another file of the directory.
+func extlinuxConfig(records []record, def string, s settings, menu bool, previous []previousMenu) string {
 	var b strings.Builder
 	if s.serial != "" {
 		fmt.Fprintf(&b, "SERIAL 0 %s\n", s.serial)
 	}
-	b.WriteString("# Made by Particle from loader/entries: changes are lost.\n")
+	b.WriteString(madeByUs + "\n")
 	if menu && s.timeout > 0 {
 		b.WriteString("UI menu.c32\n")
 	}
@@ -93,6 +97,9 @@ func extlinuxConfig(records []record, def string, s settings, menu bool) string 
 		if r.Options != "" {
 			fmt.Fprintf(&b, "  APPEND %s\n", r.Options)
 		}
+	}
+	for _, m := range previous {
+		fmt.Fprintf(&b, "\nLABEL %s\n  MENU LABEL %s\n  CONFIG %s\n", m.id, m.title, m.file)
 	}
 	return b.String()
 }
@@ -171,7 +178,11 @@ func (l uboot) Sync() error {
 	if err := removeTemps(filepath.Dir(l.p.extlinuxConf())); err != nil {
 		return err
 	}
-	if err := updateFile(l.p.extlinuxConf(), []byte(ubootConfig(records, s, dirs))); err != nil {
+	previous, err := previousMenus(l.p.extlinuxConf())
+	if err != nil {
+		return err
+	}
+	if err := updateFile(l.p.extlinuxConf(), []byte(ubootConfig(records, s, dirs, previous))); err != nil {
 		return fmt.Errorf("writing the menu of U-Boot: %w", err)
 	}
 	return settle(l.p.Boot)
@@ -180,12 +191,18 @@ func (l uboot) Sync() error {
 // ubootConfig prints the menu. dirs are the directories of device trees that there are
 // beside kernels, as the loader sees them: U-Boot finds its own board's in one. The
 // entry's "devicetree" and "devicetree-overlay" go first.
-func ubootConfig(records []record, s settings, dirs map[string]bool) string {
+//
+// U-Boot has no menu that leads to another, but "include" takes in the labels of a file.
+// Of settings that are there twice the last one counts, so ours come after it.
+func ubootConfig(records []record, s settings, dirs map[string]bool, previous []previousMenu) string {
 	var b strings.Builder
-	b.WriteString("# Made by Particle from loader/entries: changes are lost.\n")
-	fmt.Fprintf(&b, "menu title Particle\nprompt 0\ntimeout %d\n", max(1, 10*s.timeout))
+	b.WriteString(madeByUs + "\n")
+	head := fmt.Sprintf("menu title Particle\nprompt 0\ntimeout %d\n", max(1, 10*s.timeout))
 	if len(records) > 0 {
-		fmt.Fprintf(&b, "default %s\n", records[0].ID)
+		head += fmt.Sprintf("default %s\n", records[0].ID)
+	}
+	if len(previous) == 0 {
+		b.WriteString(head)
 	}
 	for _, r := range records {
 		if r.EFI != "" {
@@ -210,6 +227,13 @@ func ubootConfig(records []record, s settings, dirs map[string]bool) string {
 		if r.Options != "" {
 			fmt.Fprintf(&b, "  append %s\n", ubootQuote(r.Options))
 		}
+	}
+	if len(previous) > 0 {
+		b.WriteString("\n")
+		for _, m := range previous {
+			fmt.Fprintf(&b, "include %s\n", m.file)
+		}
+		b.WriteString(head)
 	}
 	return b.String()
 }

@@ -16,7 +16,7 @@ func TestExtlinuxConfig(t *testing.T) {
 	e := entry(2, &Counter{Left: 1})
 	e.Title, e.Initrd, e.Options = " ^a 'b' ", []string{"/a", "/b"}, `x="y z" '$\`
 	uki := Entry{ID: "particle-3", Generation: 3, EFI: "/x.efi"}
-	got := extlinuxConfig([]record{{Entry: uki}, {Entry: e}, {Entry: entry(1, nil)}}, "particle-1", settings{timeout: 3, serial: "115200"}, true)
+	got := extlinuxConfig([]record{{Entry: uki}, {Entry: e}, {Entry: entry(1, nil)}}, "particle-1", settings{timeout: 3, serial: "115200"}, true, nil)
 	const want = `SERIAL 0 115200
 # Made by Particle from loader/entries: changes are lost.
 UI menu.c32
@@ -45,7 +45,7 @@ func TestUBootConfig(t *testing.T) {
 	e := entry(2, nil)
 	e.Options = `a=$b 'c'`
 	e.Extra = []bls.Field{{Key: "devicetree", Value: "x.dtb"}, {Key: "devicetree-overlay", Value: "/a.dtbo /b.dtbo"}}
-	got := ubootConfig([]record{{Entry: e}, {Entry: entry(1, nil)}}, settings{timeout: 0}, map[string]bool{"/particle-1/dtbs": true})
+	got := ubootConfig([]record{{Entry: e}, {Entry: entry(1, nil)}}, settings{timeout: 0}, map[string]bool{"/particle-1/dtbs": true}, nil)
 	const want = `# Made by Particle from loader/entries: changes are lost.
 menu title Particle
 prompt 0

@@ -35,8 +35,10 @@ func isTemp(name string) bool {
 }
 
 // replaceFile writes a file so that a power loss leaves the old one or the new one.
-func replaceFile(name string, data []byte) error {
-	tmp, err := writeTemp(filepath.Dir(name), filepath.Base(name), data)
+func replaceFile(name string, data []byte) error { return replaceFilePerm(name, data, filePerm) }
+
+func replaceFilePerm(name string, data []byte, perm fs.FileMode) error {
+	tmp, err := writeTemp(filepath.Dir(name), filepath.Base(name), data, perm)
 	if err != nil {
 		return fmt.Errorf("writing %q: %w", name, err)
 	}
@@ -52,14 +54,14 @@ func replaceFile(name string, data []byte) error {
 // writeTemp writes a durable file beside where it shall be. Its name was not in use: on
 // FAT a file that a crash left may share its clusters with another one, so none is opened
 // for writing again.
-func writeTemp(dir, base string, data []byte) (tmp string, err error) {
+func writeTemp(dir, base string, data []byte, perm fs.FileMode) (tmp string, err error) {
 	var f *os.File
 	for n := 0; ; n++ {
 		tmp = filepath.Join(dir, fmt.Sprintf("%s%s-%d%s", tempPrefix, base, n, tempSuffix))
 		if err := step("create", tmp); err != nil {
 			return "", err
 		}
-		f, err = os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, filePerm)
+		f, err = os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, perm)
 		if err == nil {
 			break
 		}

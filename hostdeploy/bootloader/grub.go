@@ -137,7 +137,11 @@ func (l grub) Sync() error {
 	if err != nil {
 		return err
 	}
-	text, err := grubConfig(records, s)
+	previous, err := previousMenus(l.cfg())
+	if err != nil {
+		return err
+	}
+	text, err := grubConfig(records, s, previous)
 	if err != nil {
 		return err
 	}
@@ -159,9 +163,9 @@ func (l grub) Sync() error {
 
 // grubConfig prints grub.cfg. $prefix is the directory that it is in, and $root the boot
 // file system: both are set by whoever loads it.
-func grubConfig(records []record, s settings) (string, error) {
+func grubConfig(records []record, s settings, previous []previousMenu) (string, error) {
 	var b strings.Builder
-	b.WriteString("# Made by Particle from loader/entries: changes are lost.\n\n")
+	b.WriteString(madeByUs + "\n\n")
 	var counted []string
 	for _, r := range records {
 		if r.Counter != nil {
@@ -184,19 +188,22 @@ func grubConfig(records []record, s settings) (string, error) {
 	} else {
 		b.WriteString("set timeout_style=menu\n")
 	}
-	grubDefault(&b, records)
+	grubDefault(&b, records, len(records)+len(previous))
 	for _, r := range records {
 		if err := grubEntry(&b, &r.Entry); err != nil {
 			return "", err
 		}
+	}
+	for _, m := range previous {
+		fmt.Fprintf(&b, "\nmenuentry %s --id %s {\n  configfile \"$prefix/%s\"\n}\n", grubQuote(m.title), m.id, m.file)
 	}
 	return b.String(), nil
 }
 
 // grubDefault prints the choice of the default: the first entry with tries left, or the
 // first one where none has any. "fallback" are those after it: GRUB takes them when a
-// kernel cannot be loaded.
-func grubDefault(b *strings.Builder, records []record) {
+// kernel cannot be loaded. all counts the menus of the previous system, too.
+func grubDefault(b *strings.Builder, records []record, all int) {
 	b.WriteString("\n")
 	if len(records) == 0 {
 		return
@@ -204,10 +211,8 @@ func grubDefault(b *strings.Builder, records []record) {
 	choose := func(i int, indent string) {
 		fmt.Fprintf(b, "%sset default=%s\n", indent, records[i].ID)
 		var after []string
-		for j := range records {
-			if j > i {
-				after = append(after, fmt.Sprint(j))
-			}
+		for j := i + 1; j < all; j++ {
+			after = append(after, fmt.Sprint(j))
 		}
 		fmt.Fprintf(b, "%sset fallback=\"%s\"\n", indent, strings.Join(after, " "))
 	}

@@ -42,7 +42,7 @@ func grubRecords() []record {
 }
 
 func TestGrubConfig(t *testing.T) {
-	text, err := grubConfig(grubRecords(), settings{timeout: 5, serial: "115200"})
+	text, err := grubConfig(grubRecords(), settings{timeout: 5, serial: "115200"}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,7 +101,7 @@ menuentry 'Debian (particle 1)' --id particle-1 {
 
 func TestGrubScriptCheck(t *testing.T) {
 	for _, records := range [][]record{nil, grubRecords(), grubRecords()[:1], grubRecords()[2:]} {
-		text, err := grubConfig(records, settings{serial: "9600"})
+		text, err := grubConfig(records, settings{serial: "9600"}, []previousMenu{newPrevious(0, ".cfg"), newPrevious(1, ".cfg")})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -208,7 +208,7 @@ func liloConfig(records []record, def string, s settings, disk string, p Paths) 
 		return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(s) + `"`
 	}
 	var b strings.Builder
-	b.WriteString("# Made by Particle from loader/entries: changes are lost.\n")
+	b.WriteString(madeByUs + "\n")
 	fmt.Fprintf(&b, "boot = %s\nmap = %s\nlba32\ninstall = menu\nprompt\ntimeout = %d\ndefault = %s\n", disk, filepath.Join(p.Boot, "lilo", "map"), max(1, 10*s.timeout), def)
 	if s.serial != "" {
 		fmt.Fprintf(&b, "serial = 0,%sn8\n", s.serial)

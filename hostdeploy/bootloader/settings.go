@@ -73,19 +73,25 @@ func readFields(name string) ([]bls.Field, error) {
 }
 
 // installSettings writes both files for a new boot file system, and the directory of
-// entries.
+// entries. A loader.conf that is there is someone's choice.
 func (p Paths) installSettings(serial string) error {
 	if err := (entryDir{p}).makeDir(); err != nil {
 		return err
 	}
-	if err := updateFile(p.loaderConf(), []byte(fmt.Sprintf("%-10s %d\n", "timeout", defaultTimeout))); err != nil {
-		return fmt.Errorf("writing the loader's settings: %w", err)
+	if serial != "" {
+		if err := checkSerial(serial); err != nil {
+			return err
+		}
+	}
+	if _, err := os.Stat(p.loaderConf()); errors.Is(err, fs.ErrNotExist) {
+		if err := updateFile(p.loaderConf(), fmt.Appendf(nil, "%-10s %d\n", "timeout", defaultTimeout)); err != nil {
+			return fmt.Errorf("writing the loader's settings: %w", err)
+		}
+	} else if err != nil {
+		return fmt.Errorf("reading the loader's settings: %w", err)
 	}
 	if serial == "" {
 		return nil
-	}
-	if err := checkSerial(serial); err != nil {
-		return err
 	}
 	if err := updateFile(p.particleConf(), []byte(fmt.Sprintf("%-10s %s\n", "serial", serial))); err != nil {
 		return fmt.Errorf("writing the loader's settings: %w", err)
