@@ -79,6 +79,9 @@ func extlinuxConfig(records []record, def string, s settings, menu bool, previou
 		b.WriteString("UI menu.c32\n")
 	}
 	fmt.Fprintf(&b, "PROMPT 0\nTIMEOUT %d\n", max(1, 10*s.timeout))
+	if def == "" && len(previous) > 0 {
+		def = previous[0].id // the first entry is still to come
+	}
 	if def != "" {
 		fmt.Fprintf(&b, "DEFAULT %s\n", def)
 	}

@@ -37,13 +37,7 @@ func TestPrevious(t *testing.T) {
 		t.Run(h.name, func(t *testing.T) {
 			prepare := func() (Loader, string) {
 				l, boot := h.open(t)
-				name := filepath.Join(boot, c.menu)
-				if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
-					t.Fatal(err)
-				}
-				if err := os.WriteFile(name, []byte(c.old), 0o600); err != nil {
-					t.Fatal(err)
-				}
+				putPrevious(t, boot, c.menu, c.old)
 				return l, boot
 			}
 			l, boot := prepare()
@@ -86,6 +80,48 @@ func TestPrevious(t *testing.T) {
 				t.Errorf("only %d steps were seen", n)
 			}
 		})
+	}
+}
+
+// TestPreviousAlone: between the loader and the first entry the previous system boots.
+func TestPreviousAlone(t *testing.T) {
+	for _, c := range previousCases {
+		h := hosts[c.host]
+		l, boot := h.open(t)
+		putPrevious(t, boot, c.menu, c.old)
+		if err := l.Sync(); err != nil {
+			t.Fatal(err)
+		}
+		if saved := readMenu(t, boot, previousFile(c.menu)); saved != c.old {
+			t.Errorf("%s: saved was %q, want %q", h.name, saved, c.old)
+		}
+		menu, want := readMenu(t, boot, c.menu), ""
+		switch h.name {
+		case "extlinux":
+			want = "\nDEFAULT particle-previous\n"
+		case "u-boot": // the default of the file that is taken in
+			if strings.Contains(menu, "\ndefault ") {
+				t.Errorf("u-boot: got a default in\n%s", menu)
+			}
+		default: // the only menuentry
+			if strings.Contains(menu, "set default") || strings.Count(menu, "\nmenuentry ") != 1 {
+				t.Errorf("%s: got\n%s", h.name, menu)
+			}
+		}
+		if !strings.Contains(menu, want) {
+			t.Errorf("%s: got\n%s\nwant in it %q", h.name, menu, want)
+		}
+	}
+}
+
+func putPrevious(t *testing.T, boot, menu, text string) {
+	t.Helper()
+	name := filepath.Join(boot, menu)
+	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -413,39 +413,50 @@ func syncDisk(t *testing.T, dir string) {
 	}
 }
 
+// A mounted boot partition and its block device.
+type mounted struct{ dir, device string }
+
+// mountedDisk makes a disk with a mounted boot partition; finish unmounts it.
+func mountedDisk(t *testing.T, l Layout) (d vmDisk, m mounted, finish func()) {
+	t.Helper()
+	d = newDisk(t, l)
+	losetup := program(t, "losetup", "mount")
+	out, err := exec.Command(losetup, "--find", "--show", "--offset", fmt.Sprint(d.start), "--sizelimit", fmt.Sprint(d.size), d.file).Output()
+	if err != nil {
+		t.Skipf("no loop device: %v", err)
+	}
+	m.device = strings.TrimSpace(string(out))
+	detach := func() { exec.Command(losetup, "--detach", m.device).Run() }
+	t.Cleanup(detach)
+	command(t, "mkfs.ext4", "e2fsprogs", append(append([]string{"-q"}, l.Ext4Options...), m.device)...)
+	m.dir = t.TempDir()
+	if err := unix.Mount(m.device, m.dir, "ext4", 0, ""); err != nil {
+		t.Skipf("no ext4 mount here: %v", err)
+	}
+	here := true
+	unmount := func() {
+		if here {
+			// Another mount namespace of this machine may have the file system, too.
+			syncDisk(t, m.dir)
+			if err := unix.Unmount(m.dir, 0); err != nil {
+				t.Error(err)
+			}
+			here = false
+		}
+	}
+	t.Cleanup(unmount)
+	return d, m, func() { unmount(); detach() }
+}
+
 // TestBootExtlinux installs to a mounted partition and falls back by "once".
 func TestBootExtlinux(t *testing.T) {
 	loaders := loadersDir(t)
 	needRoot(t)
 	in := extlinuxInstaller{}
 	l := in.Layout()
-	d := newDisk(t, l)
-	losetup := program(t, "losetup", "mount")
-	out, err := exec.Command(losetup, "--find", "--show", "--offset", fmt.Sprint(d.start), "--sizelimit", fmt.Sprint(d.size), d.file).Output()
-	if err != nil {
-		t.Skipf("no loop device: %v", err)
-	}
-	loop := strings.TrimSpace(string(out))
-	detach := func() { exec.Command(losetup, "--detach", loop).Run() }
-	t.Cleanup(detach)
-	command(t, "mkfs.ext4", "e2fsprogs", append(append([]string{"-q"}, l.Ext4Options...), loop)...)
-	boot := t.TempDir()
-	if err := unix.Mount(loop, boot, "ext4", 0, ""); err != nil {
-		t.Skipf("no ext4 mount here: %v", err)
-	}
-	mounted := true
-	unmount := func() {
-		if mounted {
-			// Another mount namespace of this machine may have the file system, too.
-			syncDisk(t, boot)
-			if err := unix.Unmount(boot, 0); err != nil {
-				t.Error(err)
-			}
-			mounted = false
-		}
-	}
-	t.Cleanup(unmount)
-	target := Target{Root: loaders, Boot: boot, Mounted: true, Disk: d.file, BootDevice: loop, BootNumber: d.number, Serial: "115200"}
+	d, m, finish := mountedDisk(t, l)
+	boot := m.dir
+	target := Target{Root: loaders, Boot: boot, Mounted: true, Disk: d.file, BootDevice: m.device, BootNumber: d.number, Serial: "115200"}
 	if err := in.Install(t.Context(), target); errors.Is(err, ErrMissing) {
 		t.Skip(err)
 	} else if err != nil {
@@ -461,8 +472,7 @@ func TestBootExtlinux(t *testing.T) {
 	if got := nextExtlinux(t, boot); got != "particle-12" {
 		t.Errorf("to be booted once is %q", got)
 	}
-	unmount()
-	detach()
+	finish()
 	cmdlines := d.run(t, seaBIOS(t)...)
 	if got, want := numbers(cmdlines), []string{"12", "11"}; !slices.Equal(got, want) {
 		t.Fatalf("booted %q, want %q: %q", got, want, cmdlines)
