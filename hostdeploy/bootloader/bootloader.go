@@ -24,6 +24,9 @@ import (
 var (
 	// ErrNone: the host has no boot loader that is known here.
 	ErrNone = errors.New("no boot loader found")
+	// ErrBootDir: the loader that booted the system does not read the directory that is
+	// to be its boot file system.
+	ErrBootDir = errors.New("not the directory that the boot loader reads")
 	// ErrUnknown: no boot loader goes by that name here.
 	ErrUnknown = errors.New("unknown boot loader")
 	// ErrMissing: the image lacks a program or file that installing the loader needs.

@@ -64,14 +64,17 @@ func unknown(name string) error {
 	return fmt.Errorf("%w: got %q, want one of %s", ErrUnknown, name, strings.Join(Names(), ", "))
 }
 
-// Detect finds the loader that booted the running system. The error is ErrNone and says
-// what was looked for.
+// Detect finds the loader that booted the running system. Errors are ErrNone, which says
+// what was looked for, and ErrBootDir.
 func Detect(p Paths) (Loader, error) { return DetectIn(p, "/sys") }
 
 // DetectIn is Detect with another directory in the place of /sys.
 //
 // What the loader itself said in the EFI variable LoaderInfo comes first
 // (https://systemd.io/BOOT_LOADER_INTERFACE/), then what lies on the boot file system.
+// What the loader said is not enough: it may read another directory than this one.
+// systemd-boot reads the ESP and the XBOOTLDR partition, and of file systems FAT, unless
+// someone gave it a driver for another one: that someone can name the loader.
 func DetectIn(p Paths, sys string) (Loader, error) {
 	_, err := os.Stat(filepath.Join(sys, "firmware", "efi"))
 	efi := err == nil
@@ -79,8 +82,18 @@ func DetectIn(p Paths, sys string) (Loader, error) {
 		info := loaderInfo(sys)
 		switch {
 		case strings.HasPrefix(info, "systemd-boot "):
+			if !isFAT(p.Boot) {
+				return nil, fmt.Errorf("%w: systemd-boot booted this system and reads FAT alone, which %q is not; mount the EFI system partition there (umount /boot/efi, say, and mount it at /boot), or --bootloader names the loader that shall be used",
+					ErrBootDir, p.Boot)
+			}
 			return ByName("systemd-boot", p)
 		case strings.HasPrefix(info, "GRUB "):
+			if found, err := globFold(p.Boot, "grub/grub*"); err != nil {
+				return nil, fmt.Errorf("looking for GRUB's files: %w", err)
+			} else if !found {
+				return nil, fmt.Errorf("%w: GRUB booted this system, and %q has no grub/grub.cfg; mount there what GRUB reads, or --bootloader names the loader that shall be used",
+					ErrBootDir, p.Boot)
+			}
 			return ByName("grub-efi", p)
 		}
 	}
@@ -99,6 +112,10 @@ func DetectIn(p Paths, sys string) (Loader, error) {
 		{"u-boot", false, false, "extlinux/extlinux.conf"},
 	} {
 		if c.efi && !efi || c.bios && efi {
+			continue
+		}
+		if c.name == "systemd-boot" && !isFAT(p.Boot) {
+			tried = append(tried, fmt.Sprintf("%s (%s is not FAT)", c.name, p.Boot))
 			continue
 		}
 		found, err := globFold(p.Boot, c.pattern)

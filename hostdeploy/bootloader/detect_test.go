@@ -9,14 +9,75 @@ import (
 	"unicode/utf16"
 )
 
+// fakeMachine makes a /sys and a boot directory.
+func fakeMachine(t *testing.T, efi bool, info string, files []string) (sys, boot string) {
+	t.Helper()
+	sys, boot = t.TempDir(), t.TempDir()
+	write := func(dir, name string, data []byte) {
+		t.Helper()
+		full := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(full), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(full, data, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if efi {
+		write(sys, "firmware/efi/x", nil)
+	}
+	if info != "" {
+		data := []byte{6, 0, 0, 0}
+		for _, u := range utf16.Encode([]rune(info + "\x00")) {
+			data = append(data, byte(u), byte(u>>8))
+		}
+		write(sys, "firmware/efi/efivars/LoaderInfo-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f", data)
+	}
+	for _, name := range files {
+		write(boot, name, nil)
+	}
+	return sys, boot
+}
+
+// TestDetectOtherDirectory: a loader that booted the system may not read the directory
+// that is called the boot file system.
+func TestDetectOtherDirectory(t *testing.T) {
+	stray := []string{"EFI/systemd/systemd-bootx64.efi"}
+	for _, c := range []struct {
+		name, info string
+		files      []string
+		fat        bool
+		want       error
+		say        string
+	}{
+		{"systemd-boot's ESP is elsewhere", "systemd-boot 257", stray, false, ErrBootDir, "mount the EFI system partition"},
+		{"a copy of systemd-boot beside GRUB", "", append([]string{"grub/grub.cfg"}, stray...), false, nil, "grub-efi"},
+		{"a copy of systemd-boot alone", "", stray, false, ErrNone, "is not FAT"},
+		{"GRUB's files are elsewhere", "GRUB 2.12", stray, true, ErrBootDir, "grub/grub.cfg"},
+	} {
+		sys, boot := fakeMachine(t, true, c.info, c.files)
+		old := isFAT
+		isFAT = func(string) bool { return c.fat }
+		l, err := DetectIn(Paths{Boot: boot}, sys)
+		isFAT = old
+		if !errors.Is(err, c.want) || err == nil && l.Name() != c.say || err != nil && !strings.Contains(err.Error(), c.say) {
+			t.Errorf("%s: got %v, %v, want %v and %q", c.name, l, err, c.want, c.say)
+		}
+		if errors.Is(err, ErrBootDir) && !strings.Contains(err.Error(), "--bootloader") {
+			t.Errorf("%s: the error does not say what to do: %v", c.name, err)
+		}
+	}
+}
+
 func TestDetect(t *testing.T) {
+	fakeFAT(t)
 	for _, c := range []struct {
 		name, want, info string
 		efi              bool
 		files            []string
 	}{
 		{"systemd-boot says so", "systemd-boot", "systemd-boot 257.13-1~deb13u1", true, []string{"grub/grub.cfg"}},
-		{"GRUB says so", "grub-efi", "GRUB 2.12", true, []string{"EFI/systemd/systemd-bootx64.efi"}},
+		{"GRUB says so", "grub-efi", "GRUB 2.12", true, []string{"EFI/systemd/systemd-bootx64.efi", "grub/grubenv"}},
 		{"systemd-boot's file", "systemd-boot", "", true, []string{"EFI/SYSTEMD/SYSTEMD-BOOTX64.EFI", "grub/grub.cfg"}},
 		{"another one says so", "grub-efi", "refind", true, []string{"grub/grub.cfg"}},
 		{"GRUB under BIOS", "grub-bios", "", false, []string{"grub/grub.cfg", "EFI/systemd/systemd-bootx64.efi"}},
@@ -27,30 +88,7 @@ func TestDetect(t *testing.T) {
 		{"nothing", "", "", false, []string{"loader/loader.conf"}},
 		{"nothing under UEFI", "", "", true, []string{"extlinux/ldlinux.sys"}},
 	} {
-		sys, boot := t.TempDir(), t.TempDir()
-		write := func(dir, name string, data []byte) {
-			t.Helper()
-			full := filepath.Join(dir, name)
-			if err := os.MkdirAll(filepath.Dir(full), 0o755); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.WriteFile(full, data, 0o644); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if c.efi {
-			write(sys, "firmware/efi/x", nil)
-		}
-		if c.info != "" {
-			data := []byte{6, 0, 0, 0}
-			for _, u := range utf16.Encode([]rune(c.info + "\x00")) {
-				data = append(data, byte(u), byte(u>>8))
-			}
-			write(sys, "firmware/efi/efivars/LoaderInfo-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f", data)
-		}
-		for _, name := range c.files {
-			write(boot, name, nil)
-		}
+		sys, boot := fakeMachine(t, c.efi, c.info, c.files)
 		l, err := DetectIn(Paths{Boot: boot}, sys)
 		if c.want == "" {
 			if !errors.Is(err, ErrNone) || !strings.Contains(err.Error(), "grub/grub.cfg") {

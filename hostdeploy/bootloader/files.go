@@ -217,7 +217,8 @@ var firstBlock = func(name string) (uint32, error) {
 	return n, nil
 }
 
-// isFAT reports whether a directory is on a FAT file system.
+// isFAT reports whether a directory is on a FAT file system; statfs(2) has one that is
+// mounted on demand mounted.
 var isFAT = func(dir string) bool {
 	var st unix.Statfs_t
 	return unix.Statfs(dir, &st) == nil && st.Type == unix.MSDOS_SUPER_MAGIC
