@@ -49,10 +49,12 @@ func storageInfo(ctx context.Context) (storage, error) {
 	if err != nil {
 		return storage{}, err
 	}
-	return parseInfo(out)
+	return parseInfo(out, true)
 }
 
-func parseInfo(out []byte) (storage, error) {
+// parseInfo reads what podman tells of itself. A service calls itself remote, wherever
+// it is.
+func parseInfo(out []byte, program bool) (storage, error) {
 	var info struct {
 		Store storage `json:"store"`
 		Host  struct {
@@ -63,7 +65,7 @@ func parseInfo(out []byte) (storage, error) {
 		return storage{}, fmt.Errorf("reading what podman info says: %w", err)
 	}
 	switch {
-	case info.Host.Remote:
+	case program && info.Host.Remote:
 		return storage{}, fmt.Errorf("%w: podman's storage is on another machine", ErrUnreadable)
 	case info.Store.Driver != "overlay":
 		return storage{}, fmt.Errorf("%w: podman's storage has the driver %q, want overlay", ErrUnreadable, info.Store.Driver)

@@ -22,6 +22,12 @@ var examples = map[string][]example{
 		{"make one of Ubuntu with a few more packages, in an OCI layout",
 			"particle bootstrap noble oci:ubuntu:noble --include=ca-certificates,curl --keyring=/usr/share/keyrings/ubuntu-archive-keyring.gpg"},
 	},
+	"build": {
+		{"build an image, and keep it in the store with the image to boot from",
+			"particle build --bootable -t localhost/server docs/examples/server"},
+		{"build in CI: run only the steps that no job ran before, and push",
+			"particle build --cache-from=registry.example/cache --cache-to=registry.example/cache -t registry.example/server:13 --push ."},
+	},
 	"diff": {
 		{"see what an upgrade changes", "particle diff server:1 server:2"},
 	},

@@ -97,6 +97,7 @@ func newApp(t *term) *cli.App {
 	}
 	group("Images",
 		newBootstrapCommand(t),
+		newBuildCommand(t),
 		newDiffCommand(t),
 		newImagesCommand(t),
 		newInspectCommand(t),
@@ -124,6 +125,7 @@ func newApp(t *term) *cli.App {
 	)
 	group("Bridges",
 		newDoctorCommand(t),
+		newLayerStoreCommand(t),
 		newPluginsCommand(t),
 		newSnapshotterCommand(t),
 	)
