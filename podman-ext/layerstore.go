@@ -2,6 +2,7 @@ package podmanext
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -65,16 +67,20 @@ type LayerStore struct {
 	root     *os.Root // of Dir, below whatever is mounted on it
 	lock     *os.File
 	features mount.Features
+	prefix   string // of our names in the store
 
 	ctx  context.Context // ends with Close
 	stop context.CancelFunc
 
 	mu       sync.Mutex
 	entries  map[Key]*entry
-	jobs     map[imageKey]*job
+	flights  map[string]*flight
+	building int                  // calls that are about to add entries
+	leases   map[string]time.Time // by diffID: fetched ahead, kept until then
+	dirty    bool                 // there may be something to sweep
 	images   map[string]*resolved // by reference
 	fetching *semaphore.Weighted
-	busy     sync.WaitGroup // jobs
+	busy     sync.WaitGroup // flights
 }
 
 // OpenLayerStore opens the layer store in a directory, which it makes if it is
@@ -83,7 +89,7 @@ type LayerStore struct {
 func OpenLayerStore(o LayerStoreOptions) (_ *LayerStore, err error) {
 	s := &LayerStore{
 		o: o, log: o.Log,
-		entries: map[Key]*entry{}, jobs: map[imageKey]*job{}, images: map[string]*resolved{},
+		entries: map[Key]*entry{}, flights: map[string]*flight{}, leases: map[string]time.Time{}, images: map[string]*resolved{},
 		fetching: semaphore.NewWeighted(maxFetches),
 	}
 	if s.log == nil {
@@ -94,6 +100,7 @@ func OpenLayerStore(o LayerStoreOptions) (_ *LayerStore, err error) {
 			return nil, err
 		}
 	}
+	s.prefix = refPrefix + fmt.Sprintf("%x/", sha256.Sum256([]byte(s.o.Dir)))[56:]
 	if err := os.MkdirAll(s.o.Mounts, 0o700); err != nil {
 		return nil, fmt.Errorf("making the directory of mounts: %w", err)
 	}
@@ -124,7 +131,72 @@ func OpenLayerStore(o LayerStoreOptions) (_ *LayerStore, err error) {
 		return nil, errors.Join(err, s.root.Close())
 	}
 	s.attach()
+	s.dirty = true // whatever a killed process was about to do
+	s.sweep()
 	return s, nil
+}
+
+// begin keeps all mounts and names until end.
+func (s *LayerStore) begin() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.building++
+}
+
+func (s *LayerStore) end() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.building--
+	s.sweep()
+}
+
+// sweep takes mounts away and names in the store that nothing in the tree needs, unless
+// somebody is about to add something. s.mu is held.
+func (s *LayerStore) sweep() {
+	if !s.dirty || s.building > 0 || s.ctx.Err() != nil {
+		return
+	}
+	s.dirty = false
+	now, images, streams := time.Now(), map[string]bool{}, map[string]bool{}
+	for _, e := range s.entries {
+		images[s.imageRef(e.image)], streams[s.streamRef(e.info.DiffID)] = true, true
+	}
+	for diffID, until := range s.leases {
+		if now.Before(until) {
+			streams[s.streamRef(diffID)], s.dirty = true, true
+		} else {
+			delete(s.leases, diffID)
+		}
+	}
+	mounts, err := os.ReadDir(s.o.Mounts)
+	if err != nil {
+		s.log.Warn("reading the directory of mounts", "error", err)
+	}
+	for _, m := range mounts {
+		d, err := fsverity.Parse(m.Name())
+		if err != nil || images[s.imageRef(d)] {
+			continue
+		}
+		if err := unmountLayer(s.target(d)); err != nil {
+			s.log.Warn("unmounting a layer", "layer", m.Name(), "error", err)
+		}
+	}
+	refs, err := s.o.Store.ImageRefs()
+	s.removeRefs(store.Images, refs, err, images)
+	refs, err = s.o.Store.StreamRefs(s.prefix)
+	s.removeRefs(store.Streams, refs, err, streams)
+}
+
+// removeRefs removes our names from the store but those to be kept.
+func (s *LayerStore) removeRefs(kind store.Kind, refs []store.Ref, err error, keep map[string]bool) {
+	for _, r := range refs {
+		if strings.HasPrefix(r.Name, s.prefix) && !keep[r.Name] {
+			err = errors.Join(err, s.o.Store.RemoveRef(kind, r.Name))
+		}
+	}
+	if err != nil {
+		s.log.Warn("removing names from the store", "error", err)
+	}
 }
 
 // lockMounts makes sure that one process has the mounts. The lock goes with the
@@ -208,11 +280,7 @@ func (s *LayerStore) List() []Layer {
 	defer s.mu.Unlock()
 	var all []Layer
 	for _, key := range slices.SortedFunc(maps.Keys(s.entries), Key.compare) {
-		e := s.entries[key]
-		all = append(all, Layer{
-			Key: key, DiffID: e.info.DiffID, Size: e.info.Size, Uses: e.uses,
-			Image: e.image, Verification: e.verification,
-		})
+		all = append(all, s.entries[key].layer())
 	}
 	return all
 }
@@ -243,40 +311,16 @@ func (s *LayerStore) count(key Key, by int) error {
 	return nil
 }
 
-// drop takes a layer out of the tree, and its mount and names away if nothing else in
-// the tree needs them. s.mu is held.
+// drop takes a layer out of the tree. s.mu is held.
 func (s *LayerStore) drop(e *entry) {
 	if err := s.removeEntry(e.key); err != nil {
 		s.log.Warn("removing a layer", "image", e.key.Ref, "layer", e.key.Digest, "error", err)
 		return
 	}
 	delete(s.entries, e.key)
-	stream := true
-	for _, other := range s.entries {
-		stream = stream && other.info.DiffID != e.info.DiffID
-		if other.image == e.image {
-			return
-		}
-	}
-	for job := range s.jobs {
-		if job.diffID == e.info.DiffID {
-			return // being provided for somebody else
-		}
-	}
-	if err := unmountLayer(s.target(e.image)); err != nil {
-		s.log.Warn("unmounting a layer", "layer", e.info.DiffID, "error", err)
-	}
-	s.removeRef(store.Images, imageRef(e.image))
-	if stream {
-		s.removeRef(store.Streams, streamRef(e.info.DiffID))
-	}
+	s.dirty = true
+	s.sweep()
 	s.log.Debug("dropped a layer", "image", e.key.Ref, "layer", e.key.Digest)
-}
-
-func (s *LayerStore) removeRef(kind store.Kind, name string) {
-	if err := s.o.Store.RemoveRef(kind, name); err != nil && !errors.Is(err, store.ErrNotFound) {
-		s.log.Warn("removing a name from the store", "name", name, "error", err)
-	}
 }
 
 // Blob opens the bytes of a layer, uncompressed, as they were when their diffID was
@@ -299,7 +343,7 @@ func (s *LayerStore) Blob(key Key) (io.ReadCloser, error) {
 // that podman could ask for. With blobs the tree also gets the layers' bytes, a second
 // copy, so that podman can push them while nobody serves the store.
 func (s *LayerStore) Add(ctx context.Context, ref string, blobs bool) ([]Layer, error) {
-	img, err := s.stored(ref)
+	img, err := s.local(ref)
 	if err != nil {
 		return nil, err
 	}

@@ -42,6 +42,9 @@ type LayerInfo struct {
 	Compression int      `json:"compression"`
 	UIDs        []uint32 `json:"uidset,omitempty"`
 	GIDs        []uint32 `json:"gidset,omitempty"`
+	// Chain is ours: the layers that the mount was made for, "" where it depends on
+	// this layer alone.
+	Chain string `json:"particle-chain,omitempty"`
 }
 
 // An entry is a layer of the tree. All but uses and verification stays as it is made.
@@ -52,6 +55,14 @@ type entry struct {
 
 	uses         int
 	verification mount.Verification
+}
+
+// layer returns what is known of an entry. LayerStore.mu is held.
+func (e *entry) layer() Layer {
+	return Layer{
+		Key: e.key, DiffID: e.info.DiffID, Size: e.info.Size, Uses: e.uses,
+		Image: e.image, Verification: e.verification,
+	}
 }
 
 // parseLayerInfo reads what encodeLayerInfo wrote.
@@ -180,6 +191,9 @@ func (s *LayerStore) writeEntry(e *entry) (err error) {
 		return fmt.Errorf("making %s: %w", blobName, err)
 	}
 	if err := s.writeFile(path.Join(temp, infoName), encodeLayerInfo(e.info)); err != nil {
+		return err
+	}
+	if err := s.writeFile(path.Join(temp, usesName), []byte(strconv.Itoa(e.uses)+"\n")); err != nil {
 		return err
 	}
 	if err := dir.Sync(); err != nil {

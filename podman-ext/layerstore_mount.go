@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -18,34 +19,120 @@ import (
 	"github.com/particle-os/particle/converter/tree"
 )
 
-// Names in the store that keep layers from being collected: of the layer's stream,
-// by its diffID, and of the composefs image that is mounted.
+// refPrefix begins the names in the store that keep layers from being collected. A
+// name of the layer store's directory follows, and the diffID of a layer's stream or
+// the digest of a composefs image.
 const refPrefix = "podman-layers/"
 
-func streamRef(diffID string) string                  { return refPrefix + strings.TrimPrefix(diffID, "sha256:") }
-func imageRef(image fsverity.Digest) string           { return refPrefix + image.String() }
-func (s *LayerStore) target(d fsverity.Digest) string { return filepath.Join(s.o.Mounts, d.String()) }
+func (s *LayerStore) streamRef(diffID string) string {
+	return s.prefix + strings.TrimPrefix(diffID, "sha256:")
+}
 
-// Modes of the root directory of a layer that does not list it, as podman's own
-// storage has them: the lowest layer gets c/storage's default, those above mostly have
-// the one below them, which base images list with this mode.
+func (s *LayerStore) imageRef(image fsverity.Digest) string { return s.prefix + image.String() }
+
+// target returns where an image is mounted.
+func (s *LayerStore) target(image fsverity.Digest) string {
+	return filepath.Join(s.o.Mounts, image.String())
+}
+
+// rootMode is the mode of the root directory of a layer that does not list it: what
+// podman's own storage gives it (c/storage drivers/overlay/overlay.go, defaultPerms).
+const rootMode = tree.TypeDir | 0o555
+
+// Xattrs by which a file is a whiteout, and a directory has such files, for an overlay
+// that finds them in its lower layer (Linux Documentation/filesystems/overlayfs.rst,
+// "Nesting overlayfs mounts"). The EROFS writer escapes them, so that the overlay that
+// is the layer's mount shows them to the one that podman stacks on it.
 const (
-	baseRootMode  = tree.TypeDir | 0o555
-	upperRootMode = tree.TypeDir | 0o755
+	whiteoutAttr = "trusted.overlay.whiteout"
+	hasWhiteouts = "x" // value of tree.OpaqueAttr: there are files that are whiteouts
+	opaqueYes    = "y" // value of tree.OpaqueAttr: the layers below are hidden
 )
 
-// putLayerImage makes the composefs image of one layer. Whiteouts in it are escaped,
-// so that an overlay on its mount sees them.
-func putLayerImage(ctx context.Context, txn *store.Txn, t *tree.Tree, base bool) (fsverity.Digest, error) {
+// putLayerImage makes the composefs image of one layer.
+//
+// Plain whiteouts would delete nothing, as the lower overlay consumes them. The writer
+// would escape them by itself, with xattrs user.overlay.* for mounts without privilege,
+// but those would show in containers.
+func putLayerImage(ctx context.Context, txn *store.Txn, t *tree.Tree) (fsverity.Digest, error) {
+	t = &tree.Tree{Root: nested(t.Root)}
 	if t.Root.Implied {
-		root := *t.Root
-		root.Mode = upperRootMode
-		if base {
-			root.Mode = baseRootMode
-		}
-		t = &tree.Tree{Root: &root, Owners: t.Owners}
+		t.Root.Mode = rootMode
 	}
 	return txn.PutImage(ctx, func(w io.Writer) error { return erofs.Write(w, t, erofs.Options{}) })
+}
+
+// fill returns a layer in which each directory that deletes something of the layers
+// below hides them altogether, and has all that the merge of the two shows there. The
+// root directory stays as it is.
+//
+// Linux (6.18 has it) does not remove a directory on top of one with whiteouts of the
+// nested form, because ovl_check_empty_dir counts them as files. Only the root cannot
+// be removed anyway.
+func fill(lower, upper *tree.Tree) *tree.Tree {
+	merged := tree.Merge(lower, upper)
+	var filled func(dir, full *tree.Node, root bool) *tree.Node
+	filled = func(dir, full *tree.Node, root bool) *tree.Node {
+		copied := *dir
+		if !root && !dir.IsOpaque() && hasWhiteout(dir) {
+			copied = *full
+			copied.Xattrs = maps.Clone(copied.Xattrs)
+			if copied.Xattrs == nil {
+				copied.Xattrs = map[string]string{}
+			}
+			copied.Xattrs[tree.OpaqueAttr] = opaqueYes
+			return &copied
+		}
+		copied.Dir = make(map[string]*tree.Node, len(dir.Dir))
+		for name, n := range dir.Dir {
+			if n.IsDir() {
+				n = filled(n, full.Dir[name], false)
+			}
+			copied.Dir[name] = n
+		}
+		return &copied
+	}
+	return &tree.Tree{Root: filled(upper.Root, merged.Root, true)}
+}
+
+func hasWhiteout(dir *tree.Node) bool {
+	for _, n := range dir.Dir {
+		if n.IsWhiteout() {
+			return true
+		}
+	}
+	return false
+}
+
+// nested returns a copy of a layer's directory in which whiteouts are files that an
+// overlay on an overlay sees as such.
+func nested(dir *tree.Node) *tree.Node {
+	copied := *dir
+	copied.Dir = make(map[string]*tree.Node, len(dir.Dir))
+	marked := false
+	for name, n := range dir.Dir {
+		switch {
+		case n.IsDir():
+			n = nested(n)
+		case n.IsWhiteout() && dir.IsOpaque():
+			continue // nothing of the layers below shows here anyway
+		case n.IsWhiteout():
+			n = &tree.Node{
+				Stat: tree.Stat{Mode: tree.TypeRegular | 0o644, Xattrs: map[string]string{whiteoutAttr: ""}},
+				File: &tree.File{},
+			}
+			marked = true
+		}
+		copied.Dir[name] = n
+	}
+	if marked {
+		copied.Xattrs = maps.Clone(copied.Xattrs)
+		if copied.Xattrs == nil {
+			copied.Xattrs = map[string]string{}
+		}
+		copied.Xattrs[tree.OpaqueAttr] = hasWhiteouts
+	}
+	return &copied
 }
 
 // deletes reports whether a layer hides anything of those below it.

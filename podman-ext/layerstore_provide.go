@@ -25,21 +25,58 @@ const (
 	aheadLife = 30 * time.Second
 )
 
-// An imageKey is what the composefs image of a layer depends on.
-type imageKey struct {
-	diffID string
-	base   bool // it is the lowest of its image's layers
-}
-
-// A job brings one layer into the store, for all who wait for it.
-type job struct {
+// A flight is work that several look-ups may wait for: a layer on its way into the
+// store, or the composefs image of one being made.
+type flight struct {
 	cancel  context.CancelFunc
 	done    chan struct{}
-	waiting int // under LayerStore.mu; the job is cancelled when it falls to 0
+	waiting int // under LayerStore.mu; the flight is cancelled when it falls to 0
 
 	image fsverity.Digest // valid after done
-	size  int64
 	err   error
+}
+
+// fly returns the flight of a name with one more who waits for it. s.mu is held.
+func (s *LayerStore) fly(name string, img *resolved, work func(ctx context.Context) (fsverity.Digest, error)) *flight {
+	f := s.flights[name]
+	if f == nil {
+		ctx, cancel := context.WithCancel(s.ctx)
+		f = &flight{cancel: cancel, done: make(chan struct{})}
+		s.flights[name] = f
+		img.users++
+		s.busy.Go(func() {
+			defer cancel()
+			f.image, f.err = work(ctx)
+			s.mu.Lock()
+			delete(s.flights, name)
+			s.unuseLocked(img)
+			s.mu.Unlock()
+			close(f.done)
+		})
+	}
+	f.waiting++
+	return f
+}
+
+// land gives flights up. One that nobody waits for any more is cancelled.
+func (s *LayerStore) land(flights ...*flight) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, f := range flights {
+		if f.waiting--; f.waiting == 0 {
+			f.cancel()
+		}
+	}
+}
+
+// wait waits for a flight, as long as ctx allows.
+func (f *flight) wait(ctx context.Context) (fsverity.Digest, error) {
+	select {
+	case <-f.done:
+		return f.image, f.err
+	case <-ctx.Done():
+		return fsverity.Digest{}, context.Cause(ctx)
+	}
 }
 
 // Provide makes sure that the tree has a layer and that it is mounted, fetching it if
@@ -48,7 +85,7 @@ func (s *LayerStore) Provide(ctx context.Context, key Key) (Layer, error) {
 	s.mu.Lock()
 	if e := s.entries[key]; e != nil {
 		err := s.mountEntry(e)
-		l := s.layer(e)
+		l := e.layer()
 		s.mu.Unlock()
 		if err == nil {
 			return l, nil
@@ -62,112 +99,134 @@ func (s *LayerStore) Provide(ctx context.Context, key Key) (Layer, error) {
 		return Layer{}, err
 	}
 	defer s.unuse(img)
-	i := img.find(key.Digest)
-	jobs := s.start(img, i)
-	defer s.leave(jobs, ctx)
-	j := jobs[0]
-	select {
-	case <-j.done:
-	case <-ctx.Done():
-		return Layer{}, context.Cause(ctx)
-	}
-	if j.err != nil {
-		return Layer{}, fmt.Errorf("providing layer %s of %s: %w", key.Digest, key.Ref, j.err)
-	}
-	return s.enter(key, img, i, j)
-}
-
-// layer returns what is known of an entry. s.mu is held.
-func (s *LayerStore) layer(e *entry) Layer {
-	return Layer{
-		Key: e.key, DiffID: e.info.DiffID, Size: e.info.Size, Uses: e.uses,
-		Image: e.image, Verification: e.verification,
-	}
-}
-
-// start begins to bring a layer of an image into the store, and those that podman will
-// ask for next. The first job is that of the layer.
-func (s *LayerStore) start(img *resolved, i int) []*job {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	jobs := []*job{s.join(img, i)}
-	for k := range img.layers {
-		key := imageKey{img.layers[k].diffID, k == 0}
-		if k != i && !img.local && (s.jobs[key] != nil || !s.o.Store.HasStream(store.LayerPrefix+key.diffID)) {
-			jobs = append(jobs, s.join(img, k))
-		}
-	}
-	return jobs
-}
-
-// join returns the job of a layer with one more who waits for it. s.mu is held.
-func (s *LayerStore) join(img *resolved, i int) *job {
-	key := imageKey{img.layers[i].diffID, i == 0}
-	j := s.jobs[key]
-	if j == nil {
-		ctx, cancel := context.WithCancel(s.ctx)
-		j = &job{cancel: cancel, done: make(chan struct{})}
-		s.jobs[key] = j
-		img.users++
-		s.busy.Go(func() {
-			defer cancel()
-			j.image, j.size, j.err = s.bring(ctx, img, i)
-			s.unuse(img)
-			s.mu.Lock()
-			delete(s.jobs, key)
-			s.mu.Unlock()
-			close(j.done)
-		})
-	}
-	j.waiting++
-	return j
-}
-
-// leave gives jobs up: at once where ctx is done, that is where podman was
-// interrupted, else those for other layers a while later.
-func (s *LayerStore) leave(jobs []*job, ctx context.Context) {
-	drop := func(jobs []*job) {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		for _, j := range jobs {
-			if j.waiting--; j.waiting == 0 {
-				j.cancel()
-			}
-		}
-	}
-	if ctx.Err() != nil {
-		drop(jobs)
-		return
-	}
-	drop(jobs[:1])
-	if len(jobs) > 1 {
-		time.AfterFunc(aheadLife, func() { drop(jobs[1:]) })
-	}
-}
-
-// enter adds a layer that the store has to the tree.
-func (s *LayerStore) enter(key Key, img *resolved, i int, j *job) (Layer, error) {
-	l := img.layers[i]
-	e := &entry{key: key, image: j.image, verification: mount.None, info: LayerInfo{
-		CompressedDigest: l.digest, CompressedSize: l.size, DiffID: l.diffID, Size: j.size, TOCDigest: l.toc,
-	}}
-	var err error
-	if e.info.UIDs, e.info.GIDs, err = s.owners(j.image); err != nil {
+	s.begin()
+	defer s.end()
+	if err := s.unchain(ctx, img); err != nil {
 		return Layer{}, err
 	}
+	i := img.find(key.Digest)
+	ahead := s.fetchAhead(img)
+	// Where podman was interrupted nobody waits for the rest.
+	defer func() {
+		if ctx.Err() != nil {
+			s.land(ahead...)
+		} else if len(ahead) > 0 {
+			time.AfterFunc(aheadLife+time.Second, func() {
+				s.land(ahead...)
+				s.begin()
+				s.end() // sweeps what nobody came for
+			})
+		}
+	}()
+	e, err := s.build(ctx, key, img, i, false)
+	if err != nil {
+		return Layer{}, fmt.Errorf("providing layer %s of %s: %w", key.Digest, key.Ref, err)
+	}
+	return s.enter(e)
+}
+
+// fetchAhead begins to fetch all layers of an image that the store lacks: podman looks
+// for one after the other.
+func (s *LayerStore) fetchAhead(img *resolved) (ahead []*flight) {
+	if img.local {
+		return nil
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if old := s.entries[key]; old != nil {
+	for i := range img.layers {
+		if diffID := img.layers[i].diffID; !s.o.Store.HasStream(store.LayerPrefix + diffID) {
+			s.leases[diffID] = time.Now().Add(aheadLife)
+			ahead = append(ahead, s.flyFetch(img, i))
+		}
+	}
+	return ahead
+}
+
+// flyFetch returns the flight that brings a layer into the store. s.mu is held.
+func (s *LayerStore) flyFetch(img *resolved, i int) *flight {
+	return s.fly("fetch "+img.layers[i].diffID, img, func(ctx context.Context) (fsverity.Digest, error) {
+		return fsverity.Digest{}, s.fetch(ctx, img, i)
+	})
+}
+
+// build makes the entry of a layer: its bytes are in the store and its image is made.
+// With alone the image depends on nothing but the layer.
+func (s *LayerStore) build(ctx context.Context, key Key, img *resolved, i int, alone bool) (*entry, error) {
+	l := img.layers[i]
+	chain := img.chain(i)
+	if alone {
+		chain = l.diffID
+	}
+	s.mu.Lock()
+	f := s.fly("image "+chain, img, func(ctx context.Context) (fsverity.Digest, error) {
+		return s.makeImage(ctx, img, i, alone)
+	})
+	s.mu.Unlock()
+	image, err := f.wait(ctx)
+	s.land(f)
+	if err != nil {
+		return nil, err
+	}
+	r, err := s.o.Store.OpenStream(store.LayerPrefix+l.diffID, store.LayerStream)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	e := &entry{key: key, image: image, verification: mount.None, info: LayerInfo{
+		CompressedDigest: l.digest, CompressedSize: l.size, DiffID: l.diffID, Size: r.Size(), TOCDigest: l.toc,
+	}}
+	if !alone {
+		e.info.Chain = chain
+	}
+	e.info.UIDs, e.info.GIDs, err = s.owners(image)
+	return e, err
+}
+
+// enter adds a layer to the tree, or replaces it there.
+func (s *LayerStore) enter(e *entry) (Layer, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.entries[e.key]
+	if old != nil {
 		e.uses = old.uses
 	}
 	if err := s.mountEntry(e); err != nil {
-		return Layer{}, fmt.Errorf("mounting layer %s of %s: %w", key.Digest, key.Ref, err)
+		return Layer{}, fmt.Errorf("mounting layer %s of %s: %w", e.key.Digest, e.key.Ref, err)
 	}
 	if err := s.writeEntry(e); err != nil {
 		return Layer{}, err
 	}
-	s.entries[key] = e
-	return s.layer(e), nil
+	s.entries[e.key] = e
+	delete(s.leases, e.info.DiffID)
+	s.dirty = true
+	return e.layer(), nil
+}
+
+// unchain makes the images of layers stand alone that were made for another image of
+// the same reference: podman asks for both under one name. Such images show the same;
+// but see [putLayerImage].
+func (s *LayerStore) unchain(ctx context.Context, img *resolved) error {
+	s.mu.Lock()
+	var other []*entry
+	for key, e := range s.entries {
+		if key.Ref != img.ref || e.info.Chain == "" {
+			continue
+		}
+		if i := img.find(key.Digest); i >= 0 && img.chain(i) != e.info.Chain {
+			other = append(other, e)
+		}
+	}
+	s.mu.Unlock()
+	for _, old := range other {
+		e, err := s.build(ctx, old.key, img, img.find(old.key.Digest), true)
+		if err == nil {
+			_, err = s.enter(e)
+		}
+		if err != nil {
+			return fmt.Errorf("making layer %s of %s fit for two images: %w", old.key.Digest, old.key.Ref, err)
+		}
+	}
+	return nil
 }
 
 // owners returns the users and groups that own anything in an image, sorted.
@@ -193,70 +252,98 @@ func (s *LayerStore) owners(image fsverity.Digest) (uids, gids []uint32, err err
 	return slices.Sorted(maps.Keys(u)), slices.Sorted(maps.Keys(g)), err
 }
 
-// bring makes the composefs image of a layer, which it fetches if the store lacks it,
-// and gives both names that keep them.
-func (s *LayerStore) bring(ctx context.Context, img *resolved, i int) (image fsverity.Digest, size int64, err error) {
-	l := img.layers[i]
+// stored reads the tree of a layer of an image, which it fetches if the store lacks it.
+func (s *LayerStore) stored(ctx context.Context, txn *store.Txn, img *resolved, i int) (*tree.Tree, error) {
+	id := store.LayerPrefix + img.layers[i].diffID
+	if !s.o.Store.HasStream(id) {
+		s.mu.Lock()
+		f := s.flyFetch(img, i)
+		s.mu.Unlock()
+		_, err := f.wait(ctx)
+		s.land(f)
+		if err != nil {
+			return nil, err
+		}
+	}
+	return readStored(ctx, s.o.Store, txn, id)
+}
+
+// makeImage makes the composefs image of a layer and gives both names that keep them.
+func (s *LayerStore) makeImage(ctx context.Context, img *resolved, i int, alone bool) (image fsverity.Digest, err error) {
 	txn, err := s.o.Store.Begin(ctx)
 	if err != nil {
-		return image, 0, err
+		return image, err
 	}
 	defer func() { err = errors.Join(err, txn.Rollback()) }()
-	id := store.LayerPrefix + l.diffID
-
-	var t *tree.Tree
-	if s.o.Store.HasStream(id) {
-		t, size, err = readStored(ctx, s.o.Store, txn, id)
-	} else if img.source == nil {
-		err = fmt.Errorf("%w: the store lacks %s", ErrNoLayer, l.diffID)
-	} else {
-		t, size, err = s.fetch(ctx, txn, img, i)
-	}
+	t, err := s.stored(ctx, txn, img, i)
 	if err != nil {
-		return image, 0, err
+		return image, err
 	}
-	if !s.features.Whiteouts.OK && deletes(t) {
-		return image, 0, ErrWhiteouts
+	if deletes(t) {
+		if !s.features.Whiteouts.OK {
+			return image, ErrWhiteouts
+		}
+		if !alone {
+			lower := tree.New()
+			for k := range i {
+				below, err := s.stored(ctx, txn, img, k)
+				if err != nil {
+					return image, fmt.Errorf("reading layer %d, on which layer %d is: %w", k+1, i+1, err)
+				}
+				lower = tree.Merge(lower, below)
+			}
+			t = fill(lower, t)
+		}
 	}
-	if image, err = putLayerImage(ctx, txn, t, i == 0); err != nil {
-		return image, 0, fmt.Errorf("writing the image of layer %s: %w", l.diffID, err)
+	if image, err = putLayerImage(ctx, txn, t); err != nil {
+		return image, fmt.Errorf("writing the image of layer %s: %w", img.layers[i].diffID, err)
 	}
-	if err := txn.SetRef(store.Streams, streamRef(l.diffID), id); err != nil {
-		return image, 0, err
+	diffID := img.layers[i].diffID
+	if err := txn.SetRef(store.Streams, s.streamRef(diffID), store.LayerPrefix+diffID); err != nil {
+		return image, err
 	}
-	if err := txn.SetRef(store.Images, imageRef(image), image.String()); err != nil {
-		return image, 0, err
+	if err := txn.SetRef(store.Images, s.imageRef(image), image.String()); err != nil {
+		return image, err
 	}
-	return image, size, txn.Commit()
+	return image, txn.Commit()
 }
 
 // readStored reads the tree of a layer that the store has.
-func readStored(ctx context.Context, st *store.Store, txn *store.Txn, id string) (*tree.Tree, int64, error) {
+func readStored(ctx context.Context, st *store.Store, txn *store.Txn, id string) (*tree.Tree, error) {
 	r, err := st.OpenStream(id, store.LayerStream)
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	defer r.Close()
 	open := func(d fsverity.Digest) (io.ReadSeekCloser, error) { return txn.OpenObject(d) }
 	t, err := layer.FromChunks(ctx, r, open, txn, layer.Options{MaxSize: -1})
 	if err != nil {
-		return nil, 0, fmt.Errorf("reading the stored layer %s (particle store fsck says more): %w", id, err)
+		return nil, fmt.Errorf("reading the stored layer %s (particle store fsck says more): %w", id, err)
 	}
-	return t, r.Size(), nil
+	return t, nil
 }
 
-// fetch reads a layer from the registry into a transaction.
-func (s *LayerStore) fetch(ctx context.Context, txn *store.Txn, img *resolved, i int) (*tree.Tree, int64, error) {
+// fetch brings a layer from the registry into the store, which keeps it under a name.
+func (s *LayerStore) fetch(ctx context.Context, img *resolved, i int) (err error) {
+	l := img.layers[i]
+	if img.source == nil {
+		return fmt.Errorf("%w: the store lacks %s", ErrNoLayer, l.diffID)
+	}
 	if err := s.fetching.Acquire(ctx, 1); err != nil {
-		return nil, 0, err
+		return err
 	}
 	defer s.fetching.Release(1)
-	began, l := time.Now(), img.layers[i]
+	began := time.Now()
+	txn, err := s.o.Store.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, txn.Rollback()) }()
 	ctx, moved, stop := stallGuard(ctx)
 	defer stop()
 	blob, err := img.source.Blob(ctx, l.descriptor)
 	if err != nil {
-		return nil, 0, stalled(ctx, err)
+		return stalled(ctx, err)
 	}
 	defer blob.Close()
 	stream := txn.NewStream(store.LayerStream)
@@ -267,16 +354,23 @@ func (s *LayerStore) fetch(ctx context.Context, txn *store.Txn, img *resolved, i
 	}), txn, stream, layer.Options{DiffID: l.diffID})
 	if err != nil {
 		stream.Abort()
-		return nil, 0, stalled(ctx, err)
+		return stalled(ctx, err)
 	}
 	for _, w := range res.Warnings {
 		s.log.Info(w, "image", img.ref, "layer", l.digest)
 	}
-	if _, err := stream.Close(store.LayerPrefix + l.diffID); err != nil {
-		return nil, 0, err
+	id := store.LayerPrefix + l.diffID
+	if _, err := stream.Close(id); err != nil {
+		return err
+	}
+	if err := txn.SetRef(store.Streams, s.streamRef(l.diffID), id); err != nil {
+		return err
+	}
+	if err := txn.Commit(); err != nil {
+		return err
 	}
 	s.log.Info("fetched a layer", "image", img.ref, "layer", l.digest, "bytes", l.size, "took", time.Since(began).Round(time.Millisecond))
-	return res.Tree, res.Size, nil
+	return nil
 }
 
 type readerFunc func(p []byte) (int, error)

@@ -3,10 +3,12 @@ package podmanext
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -57,14 +59,24 @@ type resolved struct {
 }
 
 // find returns the index of the layer with a digest, of the blob or its table of
-// contents, -1 for none.
+// contents, -1 for none. Of several it is the last: what is shown for the others, in
+// the middle of the image, that one hides.
 func (r *resolved) find(digest string) int {
-	for i, l := range r.layers {
+	for i, l := range slices.Backward(r.layers) {
 		if digest == l.digest || digest == l.toc {
 			return i
 		}
 	}
 	return -1
+}
+
+// chain returns a name of a layer with all below it: the hash of their diffIDs.
+func (r *resolved) chain(i int) string {
+	h := sha256.New()
+	for _, l := range r.layers[:i+1] {
+		fmt.Fprintln(h, l.diffID)
+	}
+	return fmt.Sprintf("sha256:%x", h.Sum(nil))
 }
 
 // describe reads the layers out of a manifest and its config.
@@ -110,7 +122,7 @@ func (s *LayerStore) resolve(ctx context.Context, key Key) (*resolved, error) {
 	if err := errors.Join(checkRef(key.Ref), checkDigest(key.Digest)); err != nil {
 		return nil, err
 	}
-	local, err := s.stored(key.Ref)
+	local, err := s.local(key.Ref)
 	if err == nil && local.find(key.Digest) >= 0 {
 		return local, nil
 	}
@@ -142,8 +154,8 @@ func (s *LayerStore) resolve(ctx context.Context, key Key) (*resolved, error) {
 	}
 }
 
-// stored returns the image that the store has under a reference.
-func (s *LayerStore) stored(ref string) (*resolved, error) {
+// local returns the image that the store has under a reference.
+func (s *LayerStore) local(ref string) (*resolved, error) {
 	img, err := converter.Find(s.o.Store, ref)
 	if err != nil {
 		return nil, err

@@ -1,0 +1,156 @@
+package podman
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"github.com/particle-os/particle/registry"
+)
+
+// forEach runs a test with each podman.
+func forEach(t *testing.T, fn func(t *testing.T, rel release)) {
+	for _, rel := range releases(t) {
+		t.Run(rel.name, func(t *testing.T) { fn(t, rel) })
+	}
+}
+
+// published returns the reference of the generated image in a registry of the test.
+// For a podman that asks by table of contents, that podman has pushed it as
+// zstd:chunked.
+func published(t *testing.T, rel release) (ref string, blobs *blobCount, stop func()) {
+	t.Helper()
+	addr, blobs, stop := serve(t, registry.ServeOptions{})
+	put(t, threeLayers(t), addr+"/plain:1")
+	e := newEngine(t, rel, "")
+	ref = addr + "/three:1"
+	e.podman("pull", "-q", addr+"/plain:1")
+	format := "gzip" // as podman makes it: what it pushes again has the same bytes
+	if rel.toc {
+		format = "zstd:chunked"
+	}
+	e.podman("push", "-q", "--compression-format", format, addr+"/plain:1", ref)
+	blobs.requests.Store(0)
+	blobs.bytes.Store(0)
+	return ref, blobs, stop
+}
+
+// TestPull: an image comes through the layer store without a byte in podman's own
+// storage, and shows and does what it does in plain podman.
+func TestPull(t *testing.T) {
+	forEach(t, func(t *testing.T, rel release) {
+		ref, blobs, _ := published(t, rel)
+		plain := newEngine(t, rel, "")
+		plain.podman("pull", "-q", ref)
+		blobs.requests.Store(0)
+
+		l := newLayerStore(t)
+		l.start()
+		e := newEngine(t, rel, l.dir)
+		e.quietly("pull", "-q", ref)
+		if all, additional := e.layers(); all != 3 || additional != 3 {
+			t.Fatalf("podman has %d layers, %d of the layer store; want 3 of 3", all, additional)
+		}
+		if n, files := e.layerBytes(); n != 0 {
+			t.Errorf("podman keeps %d bytes of layers itself: %q", n, files)
+		}
+		// A config for each of the two who asked, and each layer once.
+		if got := blobs.requests.Load(); got != 5 {
+			t.Errorf("the registry sent %d blobs, want 5", got)
+		}
+		sameFiles(t, plain, e, ref)
+
+		script := "ls /usr/share; cat /usr/share/gone/again; mv /usr/share/kept /usr/share/moved && rm /usr/lib/big && ls /usr/share/moved"
+		want, got := plain.podman("run", "--rm", ref, "sh", "-c", script), e.podman("run", "--rm", ref, "sh", "-c", script)
+		if want != got || got == "" {
+			t.Errorf("plain podman: %q, with the layer store: %q", want, got)
+		}
+		if _, files := e.layerBytes(); len(files) != 0 {
+			t.Errorf("running left files in podman's storage: %q", files)
+		}
+
+		// The same again costs nothing; without users nothing stays.
+		e.quietly("pull", "-q", ref)
+		e.quietly("rmi", ref)
+		if names := l.mountedLayers(); len(names) != 0 {
+			t.Errorf("after podman rmi %d layers are still mounted", len(names))
+		}
+		run(t, l.particle("store", "gc"))
+		objects, err := filepath.Glob(filepath.Join(l.store, "objects/*/*"))
+		if err != nil || len(objects) != 0 {
+			t.Errorf("after podman rmi and gc %d objects are left, %v", len(objects), err)
+		}
+	})
+}
+
+// TestAgain: push, save, build, commit and prune, compared with plain podman.
+func TestAgain(t *testing.T) {
+	forEach(t, func(t *testing.T, rel release) {
+		ref, _, _ := published(t, rel)
+		l := newLayerStore(t)
+		l.start()
+		plain, e := newEngine(t, rel, ""), newEngine(t, rel, l.dir)
+		plain.podman("pull", "-q", ref)
+		e.quietly("pull", "-q", ref)
+
+		// To a registry that has none of it.
+		other, _, _ := serve(t, registry.ServeOptions{})
+		format := "gzip"
+		if rel.toc {
+			format = "zstd:chunked"
+		}
+		e.quietly("push", "-q", "--compression-format", format, ref, other+"/three:1")
+		if want, got := layerDigests(t, ref), layerDigests(t, other+"/three:1"); !slices.Equal(want, got) {
+			t.Errorf("a push gives the layers %q, want %q", got, want)
+		}
+
+		// An archive has the uncompressed layers: all bytes, exactly.
+		var archives [][]byte
+		for _, x := range []*engine{plain, e} {
+			name := filepath.Join(x.dir, "saved.tar")
+			x.podman("save", "-q", "--format", "docker-archive", "-o", name, ref)
+			raw, err := os.ReadFile(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			archives = append(archives, raw)
+		}
+		if len(archives[0]) < 3*bigFile {
+			t.Fatalf("plain podman saved %d bytes only", len(archives[0]))
+		}
+		if string(archives[0]) != string(archives[1]) {
+			t.Errorf("podman save gives other bytes (%d) than plain podman (%d)", len(archives[1]), len(archives[0]))
+		}
+
+		// A build deletes, renames and adds; both engines end with the same files.
+		context := sharedDir(t)
+		write(t, filepath.Join(context, "Containerfile"), "FROM "+ref+`
+RUN mv /usr/share/kept /usr/share/moved && rm -r /usr/share/opaque && mkdir /usr/share/opaque && touch -d @1600000000 /usr/share/opaque /usr/share /usr/share/moved && echo built > /etc/built && touch -d @1600000000 /etc/built /etc
+COPY Containerfile /tmp/
+`)
+		for _, x := range []*engine{plain, e} {
+			x.podman("build", "-q", "--timestamp", "1600000000", "-t", "localhost/built", context)
+		}
+		sameFiles(t, plain, e, "localhost/built")
+		for _, x := range []*engine{plain, e} {
+			x.podman("run", "--name", "c", "localhost/built", "sh", "-c", "rm -r /usr/share/deep /usr/lib/second; touch -d @1600000000 /usr/share /usr/lib /etc/x /etc")
+			x.podman("commit", "-q", "c", "localhost/committed")
+			x.podman("rm", "c")
+		}
+		sameFiles(t, plain, e, "localhost/committed")
+		e.podman("push", "-q", "localhost/committed", other+"/committed:1")
+		if n, _ := e.layerBytes(); n > 100_000 {
+			t.Errorf("podman keeps %d bytes of layers itself; the build and the commit are smaller than that", n)
+		}
+
+		e.podman("rmi", "localhost/committed", "localhost/built", ref)
+		e.podman("system", "prune", "--all", "--force")
+		if all, _ := e.layers(); all != 0 {
+			t.Errorf("after podman system prune there are %d layers", all)
+		}
+		if names := l.mountedLayers(); len(names) != 0 {
+			t.Errorf("after podman system prune %d layers are still mounted", len(names))
+		}
+	})
+}
