@@ -65,7 +65,7 @@ ifeq ($(PREFIX),/usr)
 	install -D -m 755 $(BIN)/particle-init-root $(DESTDIR)/usr/lib/particle/particle-init-root
 	$(DOCS) initramfs $(DESTDIR)/
 	mkdir -p $(DESTDIR)$(UNITDIR)
-	cd packaging/systemd && cp -dR --preserve=mode,links *.service *.path *.timer *.d *.wants $(abspath $(DESTDIR)/)$(UNITDIR)
+	cd packaging/systemd && cp -dR --preserve=mode,links *.service *.socket *.path *.timer *.d *.wants $(abspath $(DESTDIR)/)$(UNITDIR)
 	install -D -m 644 packaging/systemd/80-particle.preset $(DESTDIR)/usr/lib/systemd/system-preset/80-particle.preset
 endif
 

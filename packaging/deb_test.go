@@ -54,7 +54,7 @@ func buildDeb(t *testing.T, source string) string {
 func copySources(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
-	command(t, "..", nil, "cp", "-a", "LICENSE", "Makefile", "README.md", "cmd", "converter", "docs", "go.mod", "go.sum", "hostdeploy", "packaging", "registry", dir)
+	command(t, "..", nil, "cp", "-a", "LICENSE", "Makefile", "README.md", "cmd", "converter", "docs", "go.mod", "go.sum", "hostdeploy", "packaging", "plugins.go", "plugins.toml", "podman-ext", "registry", "snapshotter", dir)
 	return dir
 }
 
@@ -131,6 +131,8 @@ func testContents(t *testing.T, deb string) {
 		"/usr/lib/systemd/system/emergency.target.wants/particle-boot-failed.service":       "lrwxrwxrwx",
 		"/usr/lib/systemd/system/factory-reset.target.wants/particle-factory-reset.service": "lrwxrwxrwx",
 		"/usr/lib/systemd/system/systemd-bless-boot.service.d/50-particle.conf":             "-rw-r--r--",
+		"/usr/lib/systemd/system/particle-snapshotter.service":                              "-rw-r--r--",
+		"/usr/lib/systemd/system/particle-snapshotter.socket":                               "-rw-r--r--",
 		"/usr/lib/systemd/system-preset/80-particle.preset":                                 "-rw-r--r--",
 		"/usr/share/man/man8/particle.8.gz":                                                 "-rw-r--r--",
 		"/usr/share/man/man8/particle-convert.8.gz":                                         "-rw-r--r--",

@@ -15,7 +15,7 @@ type unit map[string][]string
 func readUnits(t *testing.T) map[string]unit {
 	t.Helper()
 	units := map[string]unit{}
-	for _, pattern := range []string{"systemd/*.service", "systemd/*.path", "systemd/*.timer", "systemd/*.d/*.conf"} {
+	for _, pattern := range []string{"systemd/*.service", "systemd/*.socket", "systemd/*.path", "systemd/*.timer", "systemd/*.d/*.conf"} {
 		names, err := filepath.Glob(pattern)
 		if err != nil {
 			t.Fatal(err)
@@ -37,7 +37,7 @@ func readUnits(t *testing.T) map[string]unit {
 			units[filepath.Base(name)] = u
 		}
 	}
-	if len(units) < 9 {
+	if len(units) < 11 {
 		t.Fatalf("found %d units only", len(units))
 	}
 	return units
@@ -47,7 +47,7 @@ func readUnits(t *testing.T) map[string]unit {
 func TestUnits(t *testing.T) {
 	units := readUnits(t)
 	for name, u := range units {
-		if name == "50-particle.conf" || strings.HasPrefix(name, "particle-overlay@") {
+		if name == "50-particle.conf" || strings.HasPrefix(name, "particle-overlay@") || isBridge(name) {
 			continue
 		}
 		conditions := u["Unit.ConditionKernelCommandLine"]
@@ -85,6 +85,32 @@ func TestUnits(t *testing.T) {
 	}
 	if v := units["particle-finalize.path"]["Path.PathExists"]; !slices.Equal(v, []string{"/run/particle/staged.json"}) {
 		t.Errorf("particle-finalize.path watches %q", v)
+	}
+}
+
+// isBridge reports whether a unit is of a bridge to another program, which also works on
+// hosts that Particle has not booted.
+func isBridge(name string) bool { return strings.HasPrefix(name, "particle-snapshotter.") }
+
+// TestBridges: other programs see what the daemons mount, and find their sockets.
+func TestBridges(t *testing.T) {
+	units := readUnits(t)
+	service := units["particle-snapshotter.service"]
+	if v := service["Service.ExecStart"]; !slices.Equal(v, []string{"/usr/bin/particle snapshotter"}) {
+		t.Errorf("particle-snapshotter.service runs %q", v)
+	}
+	for key := range service {
+		for _, own := range []string{"Service.Private", "Service.Protect", "Service.ReadOnly", "Service.RootDirectory", "Service.MountFlags", "Service.DynamicUser", "Service.Bind"} {
+			if strings.HasPrefix(key, own) {
+				t.Errorf("%s gives particle-snapshotter.service mounts of its own", key)
+			}
+		}
+	}
+	source := string(readFile(t, "../cmd/particle/snapshotter.go"))
+	for _, path := range units["particle-snapshotter.socket"]["Socket.ListenStream"] {
+		if !strings.Contains(source, `snapshotterSocket = "`+path+`"`) {
+			t.Errorf("particle-snapshotter.socket listens on %s, the command elsewhere", path)
+		}
 	}
 }
 
