@@ -1,0 +1,306 @@
+package containerd
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	client "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+)
+
+// A host has a containerd and our daemon, in directories of a test.
+type host struct {
+	t          testing.TB
+	release    release
+	dir, store string
+	daemon     *process
+	containerd *process
+	client     *client.Client
+	ctx        context.Context
+	daemonArgs []string
+}
+
+// A process is a program that runs until it is stopped.
+type process struct {
+	cmd  *exec.Cmd
+	log  lockedBuffer
+	done chan struct{} // closed at its end
+	err  error
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+func start(t testing.TB, name string, args ...string) *process {
+	t.Helper()
+	p := &process{cmd: exec.Command(name, args...), done: make(chan struct{})}
+	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
+	// Shims must find runc, and the containerd under test its shim.
+	p.cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(name)+":"+os.Getenv("PATH"))
+	p.cmd.WaitDelay = time.Second // children that outlive it have its output open
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		p.err = p.cmd.Wait()
+		close(p.done)
+	}()
+	return p
+}
+
+// stop ends a process and waits for its end.
+func (p *process) stop(sig syscall.Signal) {
+	p.cmd.Process.Signal(sig)
+	select {
+	case <-p.done:
+	case <-time.After(40 * time.Second):
+		p.cmd.Process.Kill()
+		<-p.done
+	}
+}
+
+// newHost starts both daemons. containerd's own configuration says where it works; that
+// there is a snapshotter it learns from particle plugins enable.
+func newHost(t testing.TB, r release, daemonArgs ...string) *host {
+	t.Helper()
+	dir, err := os.MkdirTemp(work, "h")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// As /run/containerd: root of a user namespace has to get through.
+	for _, d := range []string{work, dir} {
+		if err := os.Chmod(d, 0o711); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h := &host{t: t, release: r, dir: dir, store: filepath.Join(dir, "store"), daemonArgs: daemonArgs}
+	h.ctx = namespaces.WithNamespace(context.Background(), "test")
+	t.Cleanup(h.end)
+	h.startDaemon()
+
+	config := filepath.Join(dir, "etc/config.toml")
+	if err := os.Mkdir(filepath.Dir(config), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	text := fmt.Sprintf(`version = 2
+root = %q
+state = %q
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+imports = [%q]
+[grpc]
+  address = %q
+`, filepath.Join(dir, "root"), filepath.Join(dir, "state"), filepath.Join(dir, "etc/conf.d/*.toml"), h.socket())
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.plugins("enable")
+	h.startContainerd()
+	return h
+}
+
+func (h *host) socket() string       { return filepath.Join(h.dir, "containerd.sock") }
+func (h *host) daemonSocket() string { return filepath.Join(h.dir, "particle.sock") }
+
+// plugins runs particle plugins for the containerd of the host.
+func (h *host) plugins(verb string, args ...string) string {
+	h.t.Helper()
+	cmd := exec.Command(particle, append([]string{"plugins", verb, "containerd",
+		"--config=" + filepath.Join(h.dir, "etc/config.toml"), "--socket=" + h.daemonSocket(), "--root=" + filepath.Join(h.dir, "sn")}, args...)...)
+	cmd.Env = append(os.Environ(), "PATH="+h.release.bin+":"+os.Getenv("PATH"))
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		h.t.Fatalf("particle plugins %s: %v\n%s", verb, err, out)
+	}
+	return string(out)
+}
+
+func (h *host) startDaemon() {
+	h.t.Helper()
+	h.daemon = start(h.t, particle, append([]string{"--store", h.store, "snapshotter", "--root", filepath.Join(h.dir, "sn"),
+		"--socket", h.daemonSocket(), "--containerd", h.socket(), "--log-format=json"}, h.daemonArgs...)...)
+	eventually(h.t, "the snapshotter answers", 30*time.Second, func() error {
+		conn, err := net.Dial("unix", h.daemonSocket())
+		if err != nil {
+			return fmt.Errorf("%w\n%s", err, h.daemon.log.String())
+		}
+		return conn.Close()
+	})
+}
+
+func (h *host) startContainerd() {
+	h.t.Helper()
+	h.containerd = start(h.t, h.release.program("containerd"), "--log-level=warn", "--config", filepath.Join(h.dir, "etc/config.toml"))
+	eventually(h.t, "containerd answers", 30*time.Second, func() error {
+		if _, err := h.tryCtr("version"); err != nil {
+			return fmt.Errorf("%w\n%s", err, h.containerd.log.String())
+		}
+		return nil
+	})
+	var err error
+	if h.client, err = client.New(h.socket()); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// end stops what runs and checks that nothing is left.
+func (h *host) end() {
+	if h.client != nil {
+		h.client.Close()
+	}
+	if h.containerd != nil {
+		h.containerd.stop(syscall.SIGTERM)
+	}
+	if h.daemon != nil {
+		h.daemon.stop(syscall.SIGTERM)
+		if h.daemon.err != nil {
+			h.t.Errorf("the snapshotter ended with %v", h.daemon.err)
+		}
+		for line := range strings.Lines(h.daemon.log.String()) {
+			if strings.Contains(line, `"level":"ERROR"`) || strings.Contains(line, "panic") {
+				h.t.Errorf("the snapshotter's log: %s", line)
+			}
+		}
+	}
+	if _, err := try(particle, "snapshotter", "--root", filepath.Join(h.dir, "sn"), "--unmount"); err != nil {
+		h.t.Error(err)
+	}
+	if left, err := mountsBelow(h.dir); err != nil || len(left) > 0 {
+		h.t.Errorf("mounts are left: %q, %v", left, err)
+	}
+	// The kernel lets go of loop devices a moment after the unmount.
+	for end := time.Now().Add(5 * time.Second); len(loopsBelow(h.t, h.dir)) > 0; time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(end) {
+			h.t.Errorf("loop devices are left: %q", loopsBelow(h.t, h.dir))
+			break
+		}
+	}
+	if h.t.Failed() {
+		h.t.Logf("containerd's log:\n%s\nthe snapshotter's log:\n%s", tail(h.containerd), tail(h.daemon))
+	}
+}
+
+func tail(p *process) string {
+	if p == nil {
+		return ""
+	}
+	s := p.log.String()
+	return s[max(0, len(s)-8000):]
+}
+
+func (h *host) tryCtr(args ...string) (string, error) {
+	return try("timeout", append([]string{"180", h.release.program("ctr"), "--address", h.socket(), "--namespace", "test"}, args...)...)
+}
+
+func (h *host) ctr(args ...string) string {
+	h.t.Helper()
+	out, err := h.tryCtr(args...)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return out
+}
+
+// runIn runs a shell command in a new container and returns what it prints.
+func (h *host) runIn(snapshotter, image, script string) string {
+	h.t.Helper()
+	out, err := h.tryCtr("run", "--rm", "--snapshotter", snapshotter, "--net-host", image, h.newID(), "/bin/sh", "-c", script)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return out
+}
+
+var ids struct {
+	sync.Mutex
+	n int
+}
+
+func (h *host) newID() string {
+	ids.Lock()
+	defer ids.Unlock()
+	ids.n++
+	return fmt.Sprintf("c%d", ids.n)
+}
+
+// pull pulls as containerd's client does, which unpacks while it fetches and asks the
+// snapshotter first. (ctr of 1.x fetches all layers before.)
+func (h *host) pull(ref string) client.Image {
+	h.t.Helper()
+	img, err := h.client.Pull(h.ctx, ref, client.WithPullUnpack, client.WithPullSnapshotter("particle"),
+		client.WithResolver(docker.NewResolver(docker.ResolverOptions{
+			Hosts: docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchLocalhost)),
+		})))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return img
+}
+
+// particle runs the command on the host's store.
+func (h *host) particle(args ...string) string {
+	h.t.Helper()
+	return run(h.t, particle, append([]string{"--store", h.store, "--quiet"}, args...)...)
+}
+
+// removeImages removes images and waits until the store has nothing of them.
+func (h *host) removeImages(names ...string) {
+	h.t.Helper()
+	h.ctr(append([]string{"images", "rm", "--sync"}, names...)...)
+	if out := h.ctr("snapshots", "--snapshotter", "particle", "ls"); strings.Count(out, "\n") != 1 {
+		h.t.Errorf("snapshots are left: %s", out)
+	}
+}
+
+// storeEmpty checks the store and waits until the snapshotter's collection of garbage
+// has emptied it.
+func (h *host) storeEmpty() {
+	h.t.Helper()
+	eventually(h.t, "the store is empty", 20*time.Second, func() error {
+		var df struct {
+			Total   struct{ Objects int }
+			Streams int
+			Images  int
+		}
+		if err := json.Unmarshal([]byte(h.particle("store", "df", "--json")), &df); err != nil {
+			return err
+		}
+		if df.Total.Objects+df.Streams+df.Images > 0 {
+			return fmt.Errorf("it has %+v", df)
+		}
+		return nil
+	})
+	h.fsck()
+}
+
+func (h *host) fsck() {
+	h.t.Helper()
+	if out := h.particle("store", "fsck"); !strings.HasPrefix(out, "clean: ") {
+		h.t.Errorf("particle store fsck: %s", out)
+	}
+}
