@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"unicode/utf16"
@@ -162,6 +163,8 @@ func TestBootCode(t *testing.T) {
 	for i := range sector {
 		sector[i] = byte(i)
 	}
+	clear(sector[446:510])
+	sector[446], sector[446+4] = 0x80, 0xee
 	if err := os.WriteFile(name, sector, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -188,6 +191,23 @@ func TestBootCode(t *testing.T) {
 	copy(sector, "code")
 	if string(got) != string(sector) {
 		t.Errorf("got %x, want %x", got, sector)
+	}
+	// A file system's first sector: no type in the place of the table, or no table.
+	for _, c := range []struct{ at, value byte }{{4, 0}, {16, 0x33}} {
+		broken := slices.Clone(sector)
+		broken[446+int(c.at)] = c.value
+		if err := os.WriteFile(name, broken, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := writeBootCode(f, []byte("code")); !errors.Is(err, ErrTarget) || !strings.Contains(err.Error(), "whole disk") {
+			t.Errorf("a partition: got error %v, want %v", err, ErrTarget)
+		}
+		if got, err := os.ReadFile(name); err != nil || string(got) != string(broken) {
+			t.Errorf("a partition was written to: %v", err)
+		}
+	}
+	if err := os.WriteFile(name, sector, 0o600); err != nil {
+		t.Fatal(err)
 	}
 	if err := writeBootCode(f, make([]byte, 441)); !errors.Is(err, ErrMissing) {
 		t.Errorf("too much code: got error %v, want %v", err, ErrMissing)

@@ -8,6 +8,8 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+
+	"github.com/diskfs/go-diskfs/partition/gpt"
 )
 
 // plainExt4 has the features of an ext4 that extlinux, U-Boot and the GRUB of Debian 12
@@ -49,6 +51,17 @@ func installExtlinux(ctx context.Context, t Target) error {
 	if code == nil {
 		return fmt.Errorf("%w: the image has no /usr/lib/syslinux/mbr/gptmbr.bin (Debian package syslinux-common)", ErrMissing)
 	}
+	disk, err := t.disk()
+	if err != nil {
+		return err
+	}
+	defer disk.Close()
+	if _, err := readBootSector(disk); err != nil {
+		return err
+	}
+	if err := checkActive(disk, t.BootNumber); err != nil {
+		return err
+	}
 	p := Paths{Boot: t.Boot}
 	if err := p.installSettings(t.Serial); err != nil {
 		return err
@@ -79,12 +92,24 @@ func installExtlinux(ctx context.Context, t Target) error {
 	if err := newExtlinux(p).Sync(); err != nil {
 		return err
 	}
-	disk, err := t.disk()
-	if err != nil {
-		return err
-	}
-	defer disk.Close()
 	return writeBootCode(disk, code)
+}
+
+// checkActive looks whether gptmbr.bin would find the boot partition: it reads a GPT, and
+// no other table, for one with the attribute "legacy BIOS bootable" (UEFI specification
+// 2.10, table 5.8). A number of 0 is for one that is not known. The error is ErrTarget.
+func checkActive(f *os.File, number int) error {
+	const active = 1 << 2
+	table, err := gpt.Read(f, sectorSize, sectorSize)
+	if err != nil {
+		return fmt.Errorf("%w: %q has no GPT, which extlinux is installed with here: %w", ErrTarget, f.Name(), err)
+	}
+	for _, p := range table.Partitions {
+		if p.Type != gpt.Unused && p.Attributes&active != 0 && (number == 0 || p.Index == number) {
+			return nil
+		}
+	}
+	return fmt.Errorf("%w: the boot partition of %q lacks the attribute \"legacy BIOS bootable\"; sgdisk --attributes=NUMBER:set:2 sets it", ErrTarget, f.Name())
 }
 
 // ubootInstaller prepares a boot partition. U-Boot itself is on the board, or where the

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"path"
+	"path/filepath"
 	"regexp"
 	"strings"
 )
@@ -41,17 +42,44 @@ func installGrubEFI(ctx context.Context, t Target) error {
 		return err
 	}
 	defer img.Close()
-	vendor, err := grubSigned(t, img)
-	if err == nil && vendor == "" {
-		vendor, err = "debian", grubUnsigned(ctx, t, img)
+	vendor, files, err := grubSigned(img)
+	if err == nil && files == nil {
+		vendor = "debian"
+		files, err = grubUnsigned(ctx, t, img)
 	}
 	if err != nil {
 		return err
 	}
-	if err := t.put(path.Join("EFI", vendor, "grub.cfg"), []byte(grubStub(t.BootUUID))); err != nil {
+	if err := t.checkESP(); err != nil {
 		return err
 	}
-	return installGrub(t)
+	// The way to the old system goes through the file that leads to the menu, where the
+	// menu itself is on another file system. That file, and the programs that look for it,
+	// come after what they lead to.
+	stub := path.Join("EFI", vendor, "grub.cfg")
+	p := Paths{Boot: t.Boot}
+	menu := grub{entryDir{p}, "grub-efi"}.cfg()
+	if err := savePrevious(menu, menu); err != nil {
+		return err
+	}
+	if err := savePrevious(menu, filepath.Join(t.Boot, stub)); err != nil {
+		return err
+	}
+	if err := installGrub(t); err != nil {
+		return err
+	}
+	for _, f := range append([]efiFile{{stub, []byte(grubStub(t.BootUUID))}}, files...) {
+		if err := t.put(f.name, f.data); err != nil {
+			return err
+		}
+	}
+	return settle(t.Boot)
+}
+
+// An efiFile is a file of the ESP.
+type efiFile struct {
+	name string
+	data []byte
 }
 
 // uuid matches what blkid(8) prints for a file system: hexadecimal digits and "-".
@@ -62,6 +90,7 @@ var uuid = regexp.MustCompile(`^[0-9A-Fa-f-]+$`)
 // was loaded from.
 func grubStub(bootUUID string) string {
 	var b strings.Builder
+	b.WriteString(madeByUs + "\n")
 	if uuid.MatchString(bootUUID) {
 		fmt.Fprintf(&b, "search --no-floppy --fs-uuid --set=root %s\n", bootUUID)
 	}
@@ -72,17 +101,18 @@ func grubStub(bootUUID string) string {
 // efiVendor matches the directory that a signed GRUB has its prefix in.
 var efiVendor = regexp.MustCompile(`/EFI/([a-z]+)\x00`)
 
-// grubSigned copies shim and the signed GRUB, and returns the directory below EFI where
-// that looks for its grub.cfg. "" where the image lacks one of them.
-func grubSigned(t Target, img image) (vendor string, err error) {
+// grubSigned returns shim and the signed GRUB in the order in which they are to be
+// written, and the directory below EFI where that looks for its grub.cfg. There are no
+// files where the image lacks one of them.
+func grubSigned(img image) (vendor string, files []efiFile, err error) {
 	for _, a := range efiArchs {
 		shim, err := img.first(fmt.Sprintf("usr/lib/shim/shim%s.efi.signed", a.name))
 		if err != nil {
-			return "", err
+			return "", nil, err
 		}
 		program, err := img.first(fmt.Sprintf("usr/lib/grub/%s-signed/grub%s.efi.signed", a.grub, a.name))
 		if err != nil {
-			return "", err
+			return "", nil, err
 		}
 		if shim == nil || program == nil {
 			continue
@@ -90,30 +120,24 @@ func grubSigned(t Target, img image) (vendor string, err error) {
 		// MokManager, which shim starts to enrol keys.
 		mok, err := img.first(fmt.Sprintf("usr/lib/shim/mm%s.efi.signed", a.name), fmt.Sprintf("usr/lib/shim/mm%s.efi", a.name))
 		if err != nil {
-			return "", err
+			return "", nil, err
 		}
 		// shim last: without it firmware starts none of them.
-		for _, f := range []struct {
-			name string
-			data []byte
-		}{{fmt.Sprintf("EFI/BOOT/mm%s.efi", a.name), mok}, {fmt.Sprintf("EFI/BOOT/grub%s.efi", a.name), program}, {a.fallback(), shim}} {
-			if f.data == nil {
-				continue
-			}
-			if err := t.put(f.name, f.data); err != nil {
-				return "", err
+		for _, f := range []efiFile{{fmt.Sprintf("EFI/BOOT/mm%s.efi", a.name), mok}, {fmt.Sprintf("EFI/BOOT/grub%s.efi", a.name), program}, {a.fallback(), shim}} {
+			if f.data != nil {
+				files = append(files, f)
 			}
 		}
 		if m := efiVendor.FindSubmatch(program); m != nil {
-			return string(m[1]), nil
+			return string(m[1]), files, nil
 		}
-		return "debian", nil
+		return "debian", files, nil
 	}
-	return "", nil
+	return "", nil, nil
 }
 
 // grubUnsigned makes an EFI program of the image's modules.
-func grubUnsigned(ctx context.Context, t Target, img image) error {
+func grubUnsigned(ctx context.Context, t Target, img image) ([]efiFile, error) {
 	for _, a := range efiArchs {
 		dir := path.Join("usr/lib/grub", a.grub)
 		if _, err := img.Stat(path.Join(dir, "moddep.lst")); err != nil {
@@ -121,16 +145,16 @@ func grubUnsigned(ctx context.Context, t Target, img image) error {
 		}
 		mkimage, err := haveProgram(t.Root, "grub-mkimage", "grub-common")
 		if err != nil {
-			return err
+			return nil, err
 		}
 		args := []string{mkimage, "-O", a.grub, "-d", "/" + dir, "-p", "/EFI/debian"}
 		data, err := run(ctx, t.Root, nil, append(args, strings.Fields(grubModules+" all_video font gfxterm efifwsetup")...)...)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		return t.put(a.fallback(), data)
+		return []efiFile{{a.fallback(), data}}, nil
 	}
-	return fmt.Errorf("%w: the image has neither shim and a signed GRUB nor /usr/lib/grub/*-efi (Debian packages shim-signed and grub-efi-amd64-signed, or grub-efi-amd64-bin)", ErrMissing)
+	return nil, fmt.Errorf("%w: the image has neither shim and a signed GRUB nor /usr/lib/grub/*-efi (Debian packages shim-signed and grub-efi-amd64-signed, or grub-efi-amd64-bin)", ErrMissing)
 }
 
 // grubBIOSInstaller puts GRUB into the master boot record and the BIOS boot partition.
@@ -201,14 +225,17 @@ func installGrubBIOS(ctx context.Context, t Target) error {
 	}
 	binary.LittleEndian.PutUint64(boot[grubKernelSector:], uint64(t.BIOSBootStart/sectorSize))
 	copy(boot[grubDriveCheck:], "\x90\x90")
-	if err := installGrub(t); err != nil {
-		return err
-	}
 	disk, err := t.disk()
 	if err != nil {
 		return err
 	}
 	defer disk.Close()
+	if _, err := readBootSector(disk); err != nil {
+		return err
+	}
+	if err := installGrub(t); err != nil {
+		return err
+	}
 	// The core is there before the sector that loads it.
 	if _, err := disk.WriteAt(core, t.BIOSBootStart); err != nil {
 		return fmt.Errorf("writing GRUB's core: %w", err)

@@ -48,6 +48,14 @@ func (t Target) put(name string, data []byte) error {
 	return updateFile(filepath.Join(t.Boot, name), data)
 }
 
+// checkESP tells whether firmware would find what is put there. The error is ErrTarget.
+func (t Target) checkESP() error {
+	if t.Mounted && !isFAT(t.Boot) {
+		return fmt.Errorf("%w: firmware reads its programs from the EFI system partition, which is FAT, and %q is not; mount the partition there", ErrTarget, t.Boot)
+	}
+	return nil
+}
+
 // haveProgram returns where an image has a program. The error is ErrMissing.
 func haveProgram(root, name, pkg string) (string, error) {
 	for _, dir := range []string{"usr/sbin", "usr/bin", "sbin", "bin"} {
@@ -149,17 +157,39 @@ func (t Target) disk() (*os.File, error) {
 // table.
 const bootCode = 440
 
+// readBootSector reads the first sector of a disk. The error is ErrTarget where there is
+// no partition table: the first sector of a partition ends in the same two bytes, and its
+// file system would be lost. A table has four entries of 16 bytes: the first byte is 0 or
+// 0x80, the fifth is the type (UEFI specification 2.10, table 5.1).
+func readBootSector(f *os.File) ([]byte, error) {
+	sector := make([]byte, sectorSize)
+	if _, err := f.ReadAt(sector, 0); err != nil {
+		return nil, fmt.Errorf("reading the first sector: %w", err)
+	}
+	if sector[510] != 0x55 || sector[511] != 0xaa {
+		return nil, fmt.Errorf("%w: the first sector ends in %x, want 55aa: there is no partition table", ErrTarget, sector[510:])
+	}
+	used := false
+	for at := 446; at < 510; at += 16 {
+		if sector[at] != 0 && sector[at] != 0x80 {
+			return nil, fmt.Errorf("%w: the first sector has no partition table; is %q a partition? the whole disk is wanted", ErrTarget, f.Name())
+		}
+		used = used || sector[at+4] != 0
+	}
+	if !used {
+		return nil, fmt.Errorf("%w: the partition table in the first sector is empty; is %q a partition? the whole disk is wanted", ErrTarget, f.Name())
+	}
+	return sector, nil
+}
+
 // writeBootCode writes the code of the master boot record, in one sector.
 func writeBootCode(f *os.File, code []byte) error {
 	if len(code) > bootCode {
 		return fmt.Errorf("%w: the boot code has %d bytes, and the first sector has room for %d", ErrMissing, len(code), bootCode)
 	}
-	sector := make([]byte, 512)
-	if _, err := f.ReadAt(sector, 0); err != nil {
-		return fmt.Errorf("reading the first sector: %w", err)
-	}
-	if sector[510] != 0x55 || sector[511] != 0xaa {
-		return fmt.Errorf("%w: the first sector ends in %x, want 55aa: there is no partition table", ErrTarget, sector[510:])
+	sector, err := readBootSector(f)
+	if err != nil {
+		return err
 	}
 	clear(sector[:bootCode])
 	copy(sector, code)

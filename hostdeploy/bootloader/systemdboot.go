@@ -89,6 +89,9 @@ func installSystemdBoot(t Target) error {
 		if data == nil {
 			continue
 		}
+		if err := t.checkESP(); err != nil {
+			return err
+		}
 		for _, to := range []string{path.Join("EFI/systemd", name), a.fallback()} {
 			if err := t.put(to, data); err != nil {
 				return err
