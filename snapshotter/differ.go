@@ -34,8 +34,6 @@ type Blobs interface {
 type Differ struct {
 	s     *Snapshotter
 	blobs Blobs
-	// Comparer makes layers of changes; nil leaves that to containerd's other differs.
-	Comparer diff.Comparer
 }
 
 var (
@@ -81,12 +79,11 @@ func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []cm
 	return applied, nil
 }
 
-// Compare makes a layer of the difference between two mounts.
-func (d *Differ) Compare(ctx context.Context, lower, upper []cmount.Mount, opts ...diff.Opt) (ocispec.Descriptor, error) {
-	if d.Comparer == nil {
-		return ocispec.Descriptor{}, fmt.Errorf("comparing mounts: %w", errdefs.ErrNotImplemented)
-	}
-	return d.Comparer.Compare(ctx, lower, upper, opts...)
+// Compare leaves making layers of changes to containerd's own differ. There it is under
+// the caller's lease, which containerd does not pass on to proxies: a blob that one
+// writes may be collected before anything refers to it.
+func (d *Differ) Compare(context.Context, []cmount.Mount, []cmount.Mount, ...diff.Opt) (ocispec.Descriptor, error) {
+	return ocispec.Descriptor{}, fmt.Errorf("comparing mounts: %w", errdefs.ErrNotImplemented)
 }
 
 // keyOf returns the key of the active snapshot whose mounts these are.

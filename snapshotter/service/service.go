@@ -32,10 +32,8 @@ import (
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
 	ccontent "github.com/containerd/containerd/v2/core/content"
 	contentproxy "github.com/containerd/containerd/v2/core/content/proxy"
-	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
-	"github.com/containerd/containerd/v2/plugins/diff/walking"
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -99,7 +97,6 @@ func New(o Options) (*Server, error) {
 	}
 	store := contentproxy.NewContentStore(content.NewContentClient(s.conn))
 	differ := o.Snapshotter.Differ(blobs{store})
-	differ.Comparer = walking.NewWalkingDiff(store)
 	diffapi.RegisterDiffServer(s.rpc, diffservice.FromApplierAndComparer(differ, differ))
 	return s, nil
 }
@@ -174,14 +171,11 @@ func (s *Server) petWatchdog() (stop func()) {
 	return func() { tick.Stop(); close(done) }
 }
 
-// intercept measures and logs requests, and passes the caller's namespace and lease
-// on to containerd's services.
+// intercept measures and logs requests, and passes the caller's namespace on to
+// containerd's services.
 func (s *Server) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	if ns, ok := namespaces.Namespace(ctx); ok {
 		ctx = namespaces.WithNamespace(ctx, ns)
-	}
-	if lease, ok := leases.FromContext(ctx); ok {
-		ctx = leases.WithLease(ctx, lease)
 	}
 	began := time.Now()
 	resp, err := handler(ctx, req)
