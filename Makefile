@@ -84,7 +84,7 @@ test: root all
 .PHONY: test-boot
 test-boot: root all
 	. $$(tests/setup/setup.sh | tail -n 1) && tests/setup/images.sh && \
-	PARTICLE_TEST_BOOT=all $(GO) test -count=1 -v -timeout 6h -skip TestCrash ./tests/boot
+	PARTICLE_TEST_BOOT=all $(GO) test -count=1 -v -timeout 6h -parallel 2 -skip TestCrash ./tests/boot
 
 # What was found stays in CRASH_DIR: a run that was stopped is gone on with.
 CRASH_DIR    ?= /var/tmp/particle-crash

@@ -26,21 +26,25 @@ func install(t testing.TB, l loader, file string, more ...string) {
 	run(t, particle, append(args, more...)...)
 }
 
-// golden holds, for each loader, a disk that was installed, booted once and switched
-// off. The first boot takes longer: it enables fs-verity on each object.
-var golden struct {
+// golden holds, for each loader's name, a disk that was installed, booted once and
+// switched off. The first boot takes longer: it enables fs-verity on each object.
+var golden sync.Map
+
+type goldenState struct {
 	sync.Mutex
-	disks map[string]string
+	disk string
 }
 
 // goldenDisk returns the disk of a host that is installed and has booted once; it must
 // not be written to.
 func goldenDisk(t testing.TB, l loader) string {
 	t.Helper()
-	golden.Lock()
-	defer golden.Unlock()
-	if disk := golden.disks[l.name]; disk != "" {
-		return disk
+	v, _ := golden.LoadOrStore(l.name, new(goldenState))
+	state := v.(*goldenState)
+	state.Lock()
+	defer state.Unlock()
+	if state.disk != "" {
+		return state.disk
 	}
 	disk := filepath.Join(work, l.name+".raw")
 	install(t, l, disk)
@@ -48,10 +52,7 @@ func goldenDisk(t testing.TB, l loader) string {
 	m.login()
 	m.good()
 	m.off()
-	if golden.disks == nil {
-		golden.disks = map[string]string{}
-	}
-	golden.disks[l.name] = disk
+	state.disk = disk
 	return disk
 }
 
@@ -75,6 +76,7 @@ func TestInstall(t *testing.T) {
 	for _, l := range loaders {
 		t.Run(l.firmware.String()+"-"+l.name, func(t *testing.T) {
 			need(t, essential)
+			t.Parallel() // each loader has a disk and a reference of its own
 			m := boot(t, l)
 			m.logIn()
 			m.good()

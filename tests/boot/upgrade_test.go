@@ -61,6 +61,7 @@ func testUpgrade(t *testing.T, l loader) {
 	} else {
 		need(t, all)
 	}
+	t.Parallel()
 	m := boot(t, l)
 	m.packages("1.0")
 	m.equal("cat /etc/particle-test.conf", "shape=square")
