@@ -14,8 +14,10 @@ import (
 	"github.com/particle-os/particle/hostdeploy/bootloader/bls"
 )
 
-// sortKey is the sort key of all our entries: they are ordered by version alone.
-const sortKey = "particle"
+// sortKey is the sort key of all our entries: they are ordered by version alone. Others'
+// have the ID of their system (os-release(5)): "debian" would come before "particle", and
+// systemd-boot would go on to boot the system that was there before.
+const sortKey = "0particle"
 
 // ourID matches the IDs of Particle's entries.
 var ourID = regexp.MustCompile(`^particle-[1-9][0-9]{0,8}$`)

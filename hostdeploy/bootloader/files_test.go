@@ -110,9 +110,15 @@ func TestLoaderConf(t *testing.T) {
 	if err := os.WriteFile(name, []byte("default @saved\ntimeout 7\n# mine\neditor no\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	for range 2 {
-		if err := l.Sync(); err != nil {
-			t.Fatal(err)
+	for n := range 2 {
+		add(t, l, entry(1, nil))
+		if got := nextBLS(t, boot); got != "particle-1" {
+			t.Errorf("systemd-boot would boot %q", got)
+		}
+		if n > 0 {
+			if err := l.Sync(); err != nil {
+				t.Fatal(err)
+			}
 		}
 		const want = "# default @saved (Particle: the first entry is the default)\ntimeout    7\n# mine\neditor     no\n"
 		if got := readMenu(t, boot, "loader/loader.conf"); got != want {

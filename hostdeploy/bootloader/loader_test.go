@@ -184,7 +184,7 @@ func (h host) testAdd(t *testing.T, _ host) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const file = "title      Debian (particle 12)\nversion    12\nsort-key   particle\nlinux      /particle-12/vmlinuz\ninitrd     /particle-12/initrd\noptions    root=UUID=1 n=12\n"
+	const file = "title      Debian (particle 12)\nversion    12\nsort-key   0particle\nlinux      /particle-12/vmlinuz\ninitrd     /particle-12/initrd\noptions    root=UUID=1 n=12\n"
 	if string(text) != file {
 		t.Errorf("got entry\n%swant\n%s", text, file)
 	}
@@ -415,7 +415,7 @@ func (h host) testForeign(t *testing.T, _ host) {
 	add(t, l, entry(11, nil))
 	dir := filepath.Join(boot, "loader/entries")
 	foreign := map[string]string{
-		"debian-6.1.conf": "title Debian\nlinux /vmlinuz\n", "README": "x", "auto-windows.conf": "efi /w.efi\n",
+		"debian-6.1.conf": "title Debian\nsort-key debian\nversion 6.1\nlinux /vmlinuz\n", "README": "x", "auto-windows.conf": "efi /w.efi\n",
 		"particle-x.conf": "linux /x\n", "particle-7.conf": "linux /x\n", "particle-8.conf": "version 8\n", "particle-9.conf": "version 0\nlinux /x\n",
 	}
 	for name, text := range foreign {
@@ -438,6 +438,9 @@ func (h host) testForeign(t *testing.T, _ host) {
 	}
 	if len(warned) != 4 {
 		t.Errorf("got %d warnings, want 4: %q", len(warned), warned)
+	}
+	if got := h.next(t, boot); got != "particle-11" {
+		t.Errorf("beside the entries of another system the loader would boot %q", got)
 	}
 	if err := l.Sync(); err != nil {
 		t.Fatal(err)

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -15,17 +16,41 @@ import (
 
 // Here is what each loader does before Linux runs, as far as its files go.
 
-// nextBLS is systemd-boot: the first of the files that it takes for entries.
+// nextBLS is systemd-boot: the first of the files that it takes for entries, whoever made
+// them, unless loader.conf has a default.
 func nextBLS(t *testing.T, boot string) string {
 	t.Helper()
-	records, _, err := entryDir{Paths{Boot: boot}}.read(nil)
-	if err != nil {
+	for line := range strings.Lines(readMenu(t, boot, "loader/loader.conf")) {
+		if pattern, ok := strings.CutPrefix(line, "default "); ok {
+			return strings.TrimSpace(pattern)
+		}
+	}
+	list, err := os.ReadDir(filepath.Join(boot, "loader/entries"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		t.Fatal(err)
 	}
-	if len(records) == 0 {
+	var all []bls.Entry
+	for _, f := range list {
+		e := bls.Entry{}
+		var ok bool
+		if e.Name, ok = bls.ParseName(f.Name()); !ok {
+			continue
+		}
+		fields := bls.Parse(readMenu(t, boot, "loader/entries/"+f.Name()))
+		_, linux := bls.Last(fields, "linux")
+		_, efi := bls.Last(fields, "efi")
+		if !linux && !efi {
+			continue
+		}
+		e.SortKey, _ = bls.Last(fields, "sort-key")
+		e.MachineID, _ = bls.Last(fields, "machine-id")
+		e.Version, _ = bls.Last(fields, "version")
+		all = append(all, e)
+	}
+	if len(all) == 0 {
 		return ""
 	}
-	return records[0].ID
+	return slices.MinFunc(all, bls.Compare).ID
 }
 
 func bootSystemdBoot(t *testing.T, boot, id string) {

@@ -32,6 +32,10 @@ func (l systemdBoot) Add(e Entry) error {
 	if err := l.write(&e, e.Counter); err != nil {
 		return err
 	}
+	// Last, since what was the default may be all that boots so far.
+	if err := l.p.freeOrder(); err != nil {
+		return err
+	}
 	return settle(l.p.Boot)
 }
 
