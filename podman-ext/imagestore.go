@@ -60,6 +60,9 @@ type ImageStore struct {
 	dir string
 }
 
+// ImageStoreDir is where the image store is by default.
+const ImageStoreDir = "/var/lib/particle-podman/images"
+
 const (
 	imageStoreMark = ".particle-image-store"
 	imagesTable    = "overlay-images/images.json"
@@ -267,7 +270,6 @@ func (s *ImageStore) Remove(ctx context.Context, name string) error {
 		return err
 	}
 	found, gone := false, []string{}
-	images = slices.DeleteFunc(images, func(r imageRecord) bool { return false })
 	for i := range images {
 		before := len(images[i].Names)
 		if images[i].ID == name {

@@ -47,7 +47,7 @@ var examples = map[string][]example{
 	"export": {
 		{"write an archive", "particle export server oci-archive:server.tar"},
 		{"give it to podman", "particle export server containers-storage:localhost/server:again"},
-		{"let podman run it without a copy", "particle export server podman-store:/var/lib/particle-images"},
+		{"let podman run it without a copy", "particle export server podman-store:/var/lib/particle-podman/images"},
 	},
 	"mount": {
 		{"mount an image of the store", "particle mount server /mnt"},

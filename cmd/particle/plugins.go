@@ -30,7 +30,11 @@ type bridge interface {
 // bridges makes all bridges.
 func bridges(o bridgeOptions) ([]bridge, error) {
 	c, err := newContainerdBridge(o)
-	return []bridge{c}, err
+	if err != nil {
+		return nil, err
+	}
+	p, err := newPodmanBridge(o)
+	return []bridge{c, p}, err
 }
 
 // bridgeOptions are those of the command line; empty ones mean what plugins.toml says.
@@ -66,6 +70,8 @@ type bridgePlan struct {
 	Missing string `json:"missing,omitempty"`
 	// Notes are what to do next.
 	Notes []string `json:"notes,omitempty"`
+
+	prepare func() error // what has to be there before the changes; nil for nothing
 }
 
 // A fileChange writes or removes a file.
@@ -231,6 +237,11 @@ func showBridges(t *term, c *cli.Context) error {
 
 // apply makes the changes, each file whole or not at all.
 func (p *bridgePlan) apply() error {
+	if p.prepare != nil {
+		if err := p.prepare(); err != nil {
+			return err
+		}
+	}
 	for _, ch := range p.Changes {
 		now, err := readFileIfAny(ch.Path)
 		if err != nil {
