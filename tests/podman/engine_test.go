@@ -21,6 +21,14 @@ type release struct {
 	toc    bool   // it asks for layers by the digest of their table of contents (5.1)
 }
 
+// format is the compression that layers must have for a layer store to be asked.
+func (r release) format() string {
+	if r.toc {
+		return "zstd:chunked"
+	}
+	return "gzip"
+}
+
 // releases are the ones to test with.
 func releases(t *testing.T) []release {
 	need(t, "podman", "runc", "busybox")
@@ -148,7 +156,6 @@ default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
 [engine]
 cgroup_manager = "cgroupfs"
 events_logger = "file"
-lock_type = "file"
 runtime = "runc"
 tmp_dir = %q
 [network]

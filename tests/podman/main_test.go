@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -29,7 +30,7 @@ var work, shared string
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
 
 func testMain(m *testing.M) (status int) {
-	dir, err := os.MkdirTemp("/var/tmp", "particle-podman-")
+	dir, err := os.MkdirTemp("/var/tmp", "pp-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -41,7 +42,7 @@ func testMain(m *testing.M) (status int) {
 			status = 1
 		}
 	}()
-	shared = filepath.Join(work, "shared")
+	shared = filepath.Join(work, "s")
 	if err := shareMount(shared); err != nil {
 		fmt.Fprintln(os.Stderr, "mounting the work directory:", err)
 		return 1
@@ -95,11 +96,14 @@ func cleanUp() error {
 	return os.RemoveAll(work)
 }
 
-// sharedDir makes a directory on disk that chroots see.
+var dirs atomic.Int32
+
+// sharedDir makes a directory on disk that chroots see. Its path is short: conmon's
+// sockets lie deep below it, and podman waits 20 s for one whose path is too long.
 func sharedDir(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp(shared, "t-")
-	if err != nil {
+	dir := filepath.Join(shared, fmt.Sprint(dirs.Add(1)))
+	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	return dir
