@@ -69,14 +69,17 @@ func start(t testing.TB, l loader, disk vm.Disk) *machine {
 	if l.firmware == vm.UEFI && !vm.HaveUEFI() {
 		t.Skip("there is no UEFI firmware here (Debian package ovmf)")
 	}
-	dir := dirFor(t)
-	v, err := vm.Start(interrupted, vm.Config{
-		Dir: dir, Firmware: l.firmware, Disks: []vm.Disk{disk}, Memory: 1200, Unsafe: disk.WriteLog == "",
-	})
+	return startConfig(t, vm.Config{Firmware: l.firmware, Disks: []vm.Disk{disk}, Unsafe: disk.WriteLog == ""})
+}
+
+func startConfig(t testing.TB, c vm.Config) *machine {
+	t.Helper()
+	c.Dir, c.Memory = dirFor(t), 1200
+	v, err := vm.Start(interrupted, c)
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &machine{VM: v, t: t, disk: disk.File}
+	m := &machine{VM: v, t: t, disk: c.Disks[0].File}
 	t.Cleanup(func() {
 		v.Kill()
 		if keep := os.Getenv("PARTICLE_TEST_BOOT_KEEP"); keep != "" || t.Failed() {
