@@ -1,6 +1,7 @@
 package bootloader
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -330,6 +331,25 @@ func order(records []record) {
 		}
 	}
 	slices.SortStableFunc(records, func(a, b record) int { return bls.Compare(a.key, b.key) })
+}
+
+// startable returns the entries that a loader without EFI can start. Others are there
+// when the host had another loader.
+func startable(records []record) []record {
+	return slices.DeleteFunc(slices.Clone(records), func(r record) bool { return r.EFI != "" })
+}
+
+// startableFirst puts the others behind them.
+func startableFirst(records []record) []record {
+	slices.SortStableFunc(records, func(a, b record) int { return cmp.Compare(b2i(a.EFI != ""), b2i(b.EFI != "")) })
+	return records
+}
+
+func b2i(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
 }
 
 func entriesOf(records []record) []Entry {

@@ -86,9 +86,6 @@ func extlinuxConfig(records []record, def string, s settings, menu bool, previou
 		fmt.Fprintf(&b, "DEFAULT %s\n", def)
 	}
 	for _, r := range records {
-		if r.EFI != "" {
-			continue // made for another loader
-		}
 		fmt.Fprintf(&b, "\nLABEL %s\n", r.ID)
 		if title := strings.Trim(strings.ReplaceAll(r.Title, "^", ""), " \t"); title != "" {
 			fmt.Fprintf(&b, "  MENU LABEL %s\n", title)
@@ -121,7 +118,7 @@ func (uboot) Tries() Tries {
 
 func (l uboot) Entries(warn func(format string, args ...any)) ([]Entry, error) {
 	records, _, err := l.read(warn)
-	return entriesOf(records), err
+	return entriesOf(startableFirst(records)), err
 }
 
 func (uboot) Check(e Entry) error {
@@ -163,6 +160,7 @@ func (l uboot) Sync() error {
 	if err != nil {
 		return err
 	}
+	records = startable(records)
 	s, err := l.p.settings()
 	if err != nil {
 		return err
@@ -208,9 +206,6 @@ func ubootConfig(records []record, s settings, dirs map[string]bool, previous []
 		b.WriteString(head)
 	}
 	for _, r := range records {
-		if r.EFI != "" {
-			continue
-		}
 		fmt.Fprintf(&b, "\nlabel %s\n", r.ID)
 		if r.Title != "" {
 			fmt.Fprintf(&b, "  menu label %s\n", r.Title)

@@ -15,8 +15,7 @@ import (
 func TestExtlinuxConfig(t *testing.T) {
 	e := entry(2, &Counter{Left: 1})
 	e.Title, e.Initrd, e.Options = " ^a 'b' ", []string{"/a", "/b"}, `x="y z" '$\`
-	uki := Entry{ID: "particle-3", Generation: 3, EFI: "/x.efi"}
-	got := extlinuxConfig([]record{{Entry: uki}, {Entry: e}, {Entry: entry(1, nil)}}, "particle-1", settings{timeout: 3, serial: "115200"}, true, nil)
+	got := extlinuxConfig([]record{{Entry: e}, {Entry: entry(1, nil)}}, "particle-1", settings{timeout: 3, serial: "115200"}, true, nil)
 	const want = `SERIAL 0 115200
 # Made by Particle from loader/entries: changes are lost.
 UI menu.c32

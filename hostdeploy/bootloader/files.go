@@ -171,8 +171,8 @@ const ext4Checkpoint = 0x4004662b
 
 // settle makes what was written visible to a loader that does not read an ext4 journal.
 // GRUB, extlinux and U-Boot do not: after fsync(2) and a power loss they would see the
-// old directory, whose blocks may hold something else by then. On other file systems,
-// and where the kernel cannot, nothing more than fsync is done.
+// old directory, whose blocks may hold something else by then. FAT is synced as a whole.
+// On other file systems, and where the kernel cannot, nothing more than fsync is done.
 func settle(dir string) error {
 	if err := step("settle", dir); err != nil {
 		return err
@@ -181,7 +181,7 @@ func settle(dir string) error {
 	if err := unix.Statfs(dir, &st); err != nil {
 		return fmt.Errorf("looking at the file system of %q: %w", dir, err)
 	}
-	if st.Type != unix.EXT4_SUPER_MAGIC {
+	if st.Type != unix.EXT4_SUPER_MAGIC && st.Type != unix.MSDOS_SUPER_MAGIC {
 		return nil
 	}
 	f, err := os.Open(dir)
@@ -189,6 +189,14 @@ func settle(dir string) error {
 		return err
 	}
 	defer f.Close()
+	if st.Type == unix.MSDOS_SUPER_MAGIC {
+		// A file that is what it should be is not written again: whoever wrote it may have
+		// been killed before its name was durable.
+		if err := unix.Syncfs(int(f.Fd())); err != nil {
+			return fmt.Errorf("making the files in %q durable: %w", dir, err)
+		}
+		return nil
+	}
 	err = unix.IoctlSetPointerInt(int(f.Fd()), ext4Checkpoint, 0)
 	if errors.Is(err, unix.ENOTTY) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENODEV) {
 		return nil

@@ -16,7 +16,8 @@ import (
 // It counts in grub/grubenv: the variable particle_12 is "3-0", tries left and done, as in
 // the name of an entry's file. The menu's script writes the next pair before it loads the
 // kernel and takes as the default the first entry that has tries left, so it falls back
-// without anyone rewriting it. An entry without a variable has proved good.
+// without anyone rewriting it. An entry without a variable has proved good. Where GRUB
+// cannot write nothing is counted: an entry that fails would be tried for ever.
 type grub struct {
 	entryDir
 	name string
@@ -27,7 +28,12 @@ func (l grub) Name() string { return l.name }
 // grubTries bounds the script: it has no arithmetic, so each step is a line of its own.
 const grubTries = 9
 
-func (grub) Tries() Tries { return Tries{Max: grubTries, How: "in GRUB's environment block"} }
+func (l grub) Tries() Tries {
+	if why := grubCannotWrite(l.p.Boot); why != "" {
+		return Tries{How: "not at all: GRUB cannot write its environment block to " + why}
+	}
+	return Tries{Max: grubTries, How: "in GRUB's environment block"}
+}
 
 func (l grub) cfg() string { return filepath.Join(l.p.Boot, "grub", "grub.cfg") }
 func (l grub) env() string { return filepath.Join(l.p.Boot, "grub", "grubenv") }
@@ -50,6 +56,9 @@ func (l grub) records(warn func(format string, args ...any)) ([]record, error) {
 		records[i].Counter = parseGrubCounter(getEnv(vars, grubVar(records[i].ID)))
 	}
 	order(records)
+	if !l.startsEFI() {
+		startableFirst(records)
+	}
 	return records, nil
 }
 
@@ -73,7 +82,7 @@ func (l grub) Entries(warn func(format string, args ...any)) ([]Entry, error) {
 func (l grub) startsEFI() bool { return l.name == "grub-efi" }
 
 func (l grub) Check(e Entry) error {
-	if err := e.check(grubTries, l.startsEFI()); err != nil {
+	if err := e.check(l.Tries().Max, l.startsEFI()); err != nil {
 		return err
 	}
 	if _, err := grubArgs(e.Options); err != nil {
@@ -141,7 +150,11 @@ func (l grub) Sync() error {
 	if err != nil {
 		return err
 	}
-	text, err := grubConfig(records, s, previous)
+	listed := records
+	if !l.startsEFI() {
+		listed = startable(records)
+	}
+	text, err := grubConfig(listed, s, previous)
 	if err != nil {
 		return err
 	}

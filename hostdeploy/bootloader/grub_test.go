@@ -196,6 +196,56 @@ func TestEnvKeepsOthers(t *testing.T) {
 	}
 }
 
+// TestGrubCannotWrite: what GRUB could not count down is not counted.
+func TestGrubCannotWrite(t *testing.T) {
+	old := grubCannotWrite
+	t.Cleanup(func() { grubCannotWrite = old })
+	grubCannotWrite = func(string) string { return "btrfs" }
+	l, boot := hosts[2].open(t)
+	if got := l.Tries(); got.Max != 0 || !strings.Contains(got.How, "btrfs") {
+		t.Errorf("got %+v, want no tries and why", got)
+	}
+	if err := l.Check(entry(1, &Counter{Left: 3})); !errors.Is(err, ErrEntry) {
+		t.Errorf("got error %v, want %v", err, ErrEntry)
+	}
+	add(t, l, entry(1, nil))
+	hosts[2].wantNext(t, l, boot, "particle-1")
+	if why := old(boot); why != "" {
+		t.Errorf("GRUB cannot write to %q, %s", boot, why)
+	}
+	sys := t.TempDir()
+	for link, dir := range map[string]string{"253:0": "virtual/block/dm-0/dm", "9:0": "virtual/block/md0/md", "8:1": "pci/block/sda/sda1/holders"} {
+		full := filepath.Join(sys, "devices", dir)
+		if err := os.MkdirAll(full, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		putLink(t, filepath.Join(sys, "dev/block", link), filepath.Dir(full))
+	}
+	part := filepath.Join(sys, "devices/virtual/block/md0/md0p1")
+	if err := os.Mkdir(part, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	putLink(t, filepath.Join(sys, "dev/block/259:1"), part)
+	for _, c := range []struct {
+		major, minor uint32
+		want         string
+	}{{253, 0, "LVM"}, {9, 0, "RAID"}, {259, 1, "RAID"}, {8, 1, ""}, {1, 1, ""}} {
+		if got := stackedOn(sys, c.major, c.minor); !strings.Contains(got, c.want) || c.want == "" && got != "" {
+			t.Errorf("%d:%d: got %q, want %q", c.major, c.minor, got, c.want)
+		}
+	}
+}
+
+func putLink(t *testing.T, name, to string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(to, name); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestPatchGrubCore(t *testing.T) {
 	core := make([]byte, 1300)
 	copy(core[510:], "\x20\x08")

@@ -5,8 +5,11 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // The environment block is how GRUB remembers (grub-core/lib/envblk.c of GRUB 2.12 and
@@ -22,6 +25,38 @@ const (
 
 // An envVar is one variable, its value without backslashes.
 type envVar struct{ name, value string }
+
+// grubCannotWrite says what it is that GRUB cannot write a file of a directory to, "" if
+// it can. It overwrites blocks where they lie, which file systems with checksums of their
+// data do not take, nor does what it reads LVM and RAID with: grub-mkconfig leaves save_env
+// out there, too (util/grub.d/00_header.in of GRUB 2.12).
+var grubCannotWrite = func(dir string) string {
+	var fs unix.Statfs_t
+	var st unix.Stat_t
+	if unix.Statfs(dir, &fs) != nil || unix.Stat(dir, &st) != nil {
+		return ""
+	}
+	const zfs = 0x2fc12fc1 // ZFS_SUPER_MAGIC of OpenZFS
+	switch fs.Type {
+	case unix.BTRFS_SUPER_MAGIC:
+		return "btrfs"
+	case zfs:
+		return "ZFS"
+	}
+	return stackedOn("/sys", unix.Major(st.Dev), unix.Minor(st.Dev))
+}
+
+// stackedOn says what a block device consists of, "" for a plain one.
+func stackedOn(sys string, major, minor uint32) string {
+	dev := filepath.Join(sys, "dev", "block", fmt.Sprintf("%d:%d", major, minor))
+	for dir, what := range map[string]string{"dm": "a device of the device mapper (LVM)", "md": "a RAID", "../md": "a RAID"} {
+		// The kernel resolves the link of a partition, so ".." is its disk.
+		if fi, err := os.Stat(dev + "/" + dir); err == nil && fi.IsDir() {
+			return what
+		}
+	}
+	return ""
+}
 
 // parseEnv reads an environment block. The error is ErrMenu.
 func parseEnv(data []byte) ([]envVar, error) {

@@ -214,9 +214,6 @@ func liloConfig(records []record, def string, s settings, disk string, p Paths) 
 		fmt.Fprintf(&b, "serial = 0,%sn8\n", s.serial)
 	}
 	for _, r := range records {
-		if r.EFI != "" {
-			continue
-		}
 		linux, err := p.local(r.Linux)
 		if err != nil {
 			return "", err

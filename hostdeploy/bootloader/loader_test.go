@@ -52,7 +52,7 @@ func TestLoaders(t *testing.T) {
 			}{
 				{"Add", h.testAdd}, {"Order", h.testOrder}, {"Replace", h.testReplace}, {"Remove", h.testRemove}, {"RollBack", h.testRollBack},
 				{"Good", h.testGood}, {"FallBack", h.testFallBack}, {"LostMenu", h.testLostMenu}, {"Lines", h.testLines},
-				{"Refused", h.testRefused}, {"Kill", h.testKill}, {"Foreign", h.testForeign},
+				{"Refused", h.testRefused}, {"Kill", h.testKill}, {"OtherLoader", h.testOtherLoader}, {"Foreign", h.testForeign},
 			} {
 				t.Run(c.name, func(t *testing.T) { c.run(t, h) })
 			}
@@ -406,6 +406,34 @@ func (h host) testRefused(t *testing.T, _ host) {
 	}
 	if after := tree(t, boot); after != before {
 		t.Errorf("refused entries left something: got\n%s\nwant\n%s", after, before)
+	}
+}
+
+// testOtherLoader: what another loader could start may be there, and be the newest.
+func (h host) testOtherLoader(t *testing.T, _ host) {
+	l, boot := h.open(t)
+	add(t, l, entry(11, nil), entry(12, nil))
+	uki := Entry{ID: "particle-13", Generation: 13, EFI: "/particle-13/linux.efi"}
+	if err := (entryDir{Paths{Boot: boot}}).write(&uki, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	if h.efi {
+		wantIDs(t, l, "particle-13", "particle-12", "particle-11")
+		h.wantNext(t, l, boot, "particle-13")
+		return
+	}
+	wantIDs(t, l, "particle-12", "particle-11", "particle-13")
+	h.wantNext(t, l, boot, "particle-12")
+	for _, id := range []string{"particle-12", "particle-11"} {
+		if err := l.Remove(id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := h.next(t, boot); got == "particle-13" {
+		t.Errorf("the loader would boot %q, which it cannot start", got)
 	}
 }
 

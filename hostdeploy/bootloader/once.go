@@ -52,14 +52,7 @@ func (l once) records(warn func(format string, args ...any)) ([]record, error) {
 	slices.SortStableFunc(records, func(a, b record) int {
 		return cmp.Compare(b2i(b.Counter != nil && b.ID == armed), b2i(a.Counter != nil && a.ID == armed))
 	})
-	return records, nil
-}
-
-func b2i(b bool) int {
-	if b {
-		return 1
-	}
-	return 0
+	return startableFirst(records), nil
 }
 
 // defaultID returns the default: the first good entry, or the first one.
@@ -153,6 +146,7 @@ func (l once) Sync() error {
 	if err != nil {
 		return err
 	}
+	records = startable(records)
 	if err := l.menu(records, defaultID(records)); err != nil {
 		return err
 	}

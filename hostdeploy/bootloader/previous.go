@@ -64,7 +64,8 @@ func savePrevious(menu, name string) error {
 			return fmt.Errorf("looking for a menu that was there before: %w", err)
 		}
 		if err == nil && bytes.Equal(old, text) {
-			return nil
+			// Whoever saved it may have been killed before its name was durable.
+			return syncDir(dir)
 		}
 		if err == nil && n < mostPrevious-1 {
 			continue
