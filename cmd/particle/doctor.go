@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"text/tabwriter"
 
@@ -25,6 +26,9 @@ func newDoctorCommand(t *term) *cli.Command {
 				return usagef("doctor takes no arguments, got %q", c.Args().First())
 			}
 			d := diagnose(c.String("store"))
+			if place, err := (&podmanBridge{}).place(c.Context); err == nil {
+				d.Podman = podmanChecks(place, &d.features)
+			}
 			if c.Bool("json") {
 				if err := t.printJSON(d); err != nil {
 					return err
@@ -47,7 +51,9 @@ type diagnosis struct {
 	Verification mount.Verification `json:"verification"` // the best that a mount can have
 	Why          string             `json:"why"`          // that it is not better
 	Checks       []check            `json:"checks"`
-	Tools        []tool             `json:"tools"`
+	// Podman is what of the store podman can share, empty where it is not installed.
+	Podman []check `json:"podman,omitempty"`
+	Tools  []tool  `json:"tools"`
 
 	features mount.Features
 }
@@ -95,6 +101,32 @@ func diagnose(store string) diagnosis {
 	return d
 }
 
+// podmanChecks tells what podman can share with the store. Without root it is nothing,
+// whatever its version: the kernel mounts EROFS for root alone, and the files of a
+// mount that root made belong, in a user's namespace, to nobody.
+func podmanChecks(p *podmanPlace, f *mount.Features) []check {
+	mounts := mount.Support{OK: true}
+	if err := f.Mountable(); err != nil {
+		mounts = mount.Support{Why: err.Error()}
+	}
+	images := mounts
+	if images.OK && !p.takesImages() {
+		images = mount.Support{Why: "podman " + p.version + ", 5.4 is needed"}
+	}
+	checks := []check{
+		{"podman: layers of the store", mounts, "podman keeps copies of its own"},
+		{"podman: images without a pull", images, "podman pulls them, through the layer store in no time"},
+		{"podman without root", mount.Support{Why: "the kernel mounts EROFS for root only"},
+			"it pulls, builds and runs as ever, with copies of its own; particle convert containers-storage: takes its images"},
+	}
+	for i := range checks {
+		if checks[i].OK {
+			checks[i].Otherwise = ""
+		}
+	}
+	return checks
+}
+
 func findTools() []tool {
 	tools := []struct {
 		tool
@@ -133,7 +165,7 @@ func (d *diagnosis) print(t *term) error {
 	fmt.Fprintf(w, "store\t%s\n", d.Store)
 	fmt.Fprintf(w, "mounts are at best\t%s: %s\n", d.Verification, d.Why)
 	fmt.Fprintln(w)
-	for _, c := range d.Checks {
+	for _, c := range slices.Concat(d.Checks, d.Podman) {
 		switch {
 		case c.OK:
 			fmt.Fprintf(w, "%s\tyes\n", c.Name)

@@ -83,3 +83,25 @@ to get what is missing: apt install mmdebstrap
 		}
 	}
 }
+
+func TestPodmanChecks(t *testing.T) {
+	all := mount.Support{OK: true}
+	f := &mount.Features{Privilege: all, Erofs: all, File: all, Loop: all, Overlay: all}
+	for _, c := range []struct {
+		version      string
+		major, minor int
+		want         []bool // layers, images, without root
+	}{{"4.3.1", 4, 3, []bool{true, false, false}}, {"5.4.2", 5, 4, []bool{true, true, false}}, {"6.0.0", 6, 0, []bool{true, true, false}}} {
+		for i, got := range podmanChecks(&podmanPlace{version: c.version, major: c.major, minor: c.minor}, f) {
+			if got.OK != c.want[i] || got.OK != (got.Why == "") || got.OK != (got.Otherwise == "") {
+				t.Errorf("podman %s: got %+v, want ok=%v", c.version, got, c.want[i])
+			}
+		}
+	}
+	f.Erofs = mount.Support{Why: "no such device"}
+	for _, got := range podmanChecks(&podmanPlace{version: "5.4.2", major: 5, minor: 4}, f) {
+		if got.OK {
+			t.Errorf("without EROFS: got %+v", got)
+		}
+	}
+}
