@@ -12,6 +12,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/particle-os/particle/converter"
+	"github.com/particle-os/particle/converter/layer"
 	podmanext "github.com/particle-os/particle/podman-ext"
 	"github.com/particle-os/particle/registry"
 )
@@ -156,7 +157,7 @@ func convertBuilt(ctx context.Context, t *term, c *cli.Context, b *podmanext.Bui
 			return res, nil
 		}
 	}
-	if !errors.Is(err, podmanext.ErrUnreadable) {
+	if !errors.Is(err, podmanext.ErrUnreadable) && !errors.Is(err, layer.ErrDiffID) {
 		return nil, err
 	}
 	t.infof("podman saves the image to a file first: %v", err)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/particle-os/particle/converter"
 	"github.com/particle-os/particle/converter/erofs"
+	"github.com/particle-os/particle/converter/layer"
 	"github.com/particle-os/particle/converter/store"
 	podmanext "github.com/particle-os/particle/podman-ext"
 	"github.com/particle-os/particle/registry"
@@ -152,7 +153,8 @@ func convertSource(ctx context.Context, t *term, c *cli.Context, source, name st
 	}
 	if ref.Transport == registry.ContainersStorage && !o.KeepBlobs {
 		res, err := convertLocal(ctx, t, c, ref.Name, o)
-		if !errors.Is(err, podmanext.ErrUnreadable) {
+		// A file that was changed in podman's storage, or a sparse one: podman says more.
+		if !errors.Is(err, podmanext.ErrUnreadable) && !errors.Is(err, layer.ErrDiffID) {
 			return res, err
 		}
 		if !errors.Is(err, podmanext.ErrNoImage) {
