@@ -78,7 +78,8 @@ type Loader interface {
 	// of those that ought to be ones.
 	Entries(warn func(format string, args ...any)) ([]Entry, error)
 	// Check tells whether Add can write an entry, and changes nothing: the error is
-	// ErrEntry for what the loader has no way to say or to start.
+	// ErrEntry for what the loader has no way to say or to start, and ErrMenu where its
+	// menu could not be made because of a setting.
 	Check(e Entry) error
 	// Add makes an entry known and durable. One of the same ID is replaced. Errors are
 	// those of Check, before anything is written.

@@ -196,6 +196,16 @@ func (e *Entry) check(max int, efi bool) error {
 	return nil
 }
 
+// checkMenu is check for a loader that has a menu of its own: it needs the settings, too.
+// Errors are ErrEntry, and ErrMenu for a setting that is wrong.
+func (d entryDir) checkMenu(e *Entry, max int, efi bool) error {
+	if err := e.check(max, efi); err != nil {
+		return err
+	}
+	_, err := d.p.settings()
+	return err
+}
+
 func notInPath(r rune) bool {
 	return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("/+-_.@", r))
 }

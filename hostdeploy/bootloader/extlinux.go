@@ -33,7 +33,7 @@ func (extlinux) Tries() Tries {
 	return Tries{Max: 1, How: "by \"once\" in the auxiliary data vector of ldlinux.sys"}
 }
 
-func (extlinux) Check(e Entry) error { return e.check(1, false) }
+func (l extlinux) Check(e Entry) error { return l.checkMenu(&e, 1, false) }
 
 func (l extlinux) Add(e Entry) error {
 	if err := l.Check(e); err != nil {
@@ -121,11 +121,11 @@ func (l uboot) Entries(warn func(format string, args ...any)) ([]Entry, error) {
 	return entriesOf(startableFirst(records)), err
 }
 
-func (uboot) Check(e Entry) error {
+func (l uboot) Check(e Entry) error {
 	if len(e.Initrd) > 1 {
 		return fmt.Errorf("boot entry %q: %w: U-Boot takes one initramfs, got %q", e.ID, ErrEntry, e.Initrd)
 	}
-	return e.check(0, false)
+	return l.checkMenu(&e, 0, false)
 }
 
 func (l uboot) Add(e Entry) error {

@@ -82,7 +82,7 @@ func (l grub) Entries(warn func(format string, args ...any)) ([]Entry, error) {
 func (l grub) startsEFI() bool { return l.name == "grub-efi" }
 
 func (l grub) Check(e Entry) error {
-	if err := e.check(l.Tries().Max, l.startsEFI()); err != nil {
+	if err := l.checkMenu(&e, l.Tries().Max, l.startsEFI()); err != nil {
 		return err
 	}
 	if _, err := grubArgs(e.Options); err != nil {

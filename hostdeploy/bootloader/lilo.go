@@ -46,7 +46,7 @@ func (l lilo) Check(e Entry) error {
 	case len(e.ID) > liloLabel:
 		return fmt.Errorf("boot entry %q: %w: got %d bytes, LILO takes %d", e.ID, ErrEntry, len(e.ID), liloLabel)
 	}
-	if err := e.check(1, false); err != nil {
+	if err := l.checkMenu(&e, 1, false); err != nil {
 		return err
 	}
 	for _, name := range append([]string{e.Linux}, e.Initrd...) {

@@ -342,6 +342,9 @@ func bootTwice(t *testing.T, name, loaders string, firmware func(*testing.T) []s
 	failing := vmEntry(12, "again")
 	failing.Counter = &Counter{Left: 2}
 	add(t, loader, vmEntry(10, ""), vmEntry(11, odd), failing)
+	// The system that was there before, as kernel-install(8) writes it.
+	putPrevious(t, boot, "loader/entries/0123456789abcdef0123456789abcdef-6.12.0.conf", "title Debian\nversion 6.12.0\n"+
+		"machine-id 0123456789abcdef0123456789abcdef\nsort-key debian\noptions console=ttyS0 quiet panic=-1 n=50\nlinux /particle-k/vmlinuz\ninitrd /particle-k/initrd\n")
 	d.fill(t, l, boot)
 	cmdlines = d.run(t, firmware(t)...)
 	if got, want := numbers(cmdlines), []string{"12", "12", "11"}; !slices.Equal(got, want) {
