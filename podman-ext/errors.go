@@ -13,6 +13,8 @@ var (
 	// ErrWhiteouts: this kernel cannot show what a layer deletes (it is older than
 	// Linux 6.8, which brought escaped whiteouts).
 	ErrWhiteouts = errors.New("the kernel cannot show the deletions of a layer")
+	// ErrForgets: this podman forgets layers that it gets from a layer store.
+	ErrForgets = errors.New("this podman loses the layers of a layer store")
 	// ErrStalled: a registry has stopped sending.
 	ErrStalled = errors.New("the registry sends nothing")
 )

@@ -49,6 +49,10 @@ var examples = map[string][]example{
 		{"give it to podman", "particle export server containers-storage:localhost/server:again"},
 		{"let podman run it without a copy", "particle export server podman-store:/var/lib/particle-podman/images"},
 	},
+	"layer-store": {
+		{"give podman the layers of the store, and fetch those that are missing", "systemctl enable --now particle-layer-store"},
+		{"let podman find the layers of one image without a service", "particle pull docker.io/library/debian:13\nparticle layer-store tree docker.io/library/debian:13"},
+	},
 	"mount": {
 		{"mount an image of the store", "particle mount server /mnt"},
 		{"mount one only if the kernel checks every read", "particle mount --verity=require server /mnt"},

@@ -93,6 +93,9 @@ func serveLayers(t *term, c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := podmanext.CheckPodman(c.Context); err != nil {
+		return err
+	}
 	layers, err := openLayers(t, c, registrySource{ro})
 	if err != nil {
 		return err
@@ -120,6 +123,9 @@ func serveLayers(t *term, c *cli.Context) error {
 
 func layerTree(t *term, c *cli.Context) error {
 	names := c.Args().Slice()
+	if err := podmanext.CheckPodman(c.Context); err != nil {
+		return err
+	}
 	layers, err := openLayers(t, c, nil)
 	if err != nil {
 		return err
