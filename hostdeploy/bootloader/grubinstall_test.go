@@ -108,17 +108,15 @@ func TestInstallESP(t *testing.T) {
 
 // TestCheckActive: the code of the first sector finds the partition by its attribute.
 func TestCheckActive(t *testing.T) {
-	for _, c := range []struct {
-		l      Layout
-		number int
-		ok     bool
-	}{{Layout{Active: true}, 1, true}, {Layout{Active: true}, 0, true}, {Layout{Active: true}, 2, false}, {Layout{}, 1, false}, {Layout{}, 0, false}} {
-		f, err := os.Open(newDisk(t, c.l).file)
+	for active, ok := range map[bool]map[int]bool{true: {1: true, 0: true, 2: false}, false: {1: false, 0: false}} {
+		f, err := os.Open(newDisk(t, Layout{Active: active}).file)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := checkActive(f, c.number); c.ok && err != nil || !c.ok && !errors.Is(err, ErrTarget) {
-			t.Errorf("%+v, partition %d: got error %v", c.l, c.number, err)
+		for number, ok := range ok {
+			if err := checkActive(f, number); ok && err != nil || !ok && !errors.Is(err, ErrTarget) {
+				t.Errorf("active %t, partition %d: got error %v", active, number, err)
+			}
 		}
 		f.Close()
 	}
