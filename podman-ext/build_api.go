@@ -64,8 +64,8 @@ func (b *Builder) buildByAPI(ctx context.Context, o BuildOptions, secrets []secr
 	res, err := b.request(ctx, pr, http.MethodPost, "/build", apiQuery(o, bc, b.cacheLists()), header)
 	if err != nil {
 		// Where the context is at fault, that says more than what became of the request.
-		pr.CloseWithError(errRequest)
-		if sent := <-done; sent != nil && !errors.Is(sent, errRequest) {
+		pr.Close()
+		if sent := <-done; sent != nil && !errors.Is(sent, io.ErrClosedPipe) {
 			return "", fmt.Errorf("sending %q: %w", o.Context, sent)
 		}
 		if ctx.Err() != nil {
@@ -80,8 +80,6 @@ func (b *Builder) buildByAPI(ctx context.Context, o BuildOptions, secrets []secr
 	}
 	return id, err
 }
-
-var errRequest = errors.New("the request ended")
 
 // apiQuery are the parameters of POST /libpod/build
 // (https://docs.podman.io/en/latest/_static/api.html, ImageBuildLibpod). Lists are
