@@ -270,6 +270,27 @@ func planDisk(t *term, c *cli.Context, path, loader string, o disk.Options) erro
 	return nil
 }
 
+// loaderTarget describes a disk that others have partitioned to those who install a boot
+// loader on it.
+func loaderTarget(ctx context.Context, device, boot string, bootFS *hostdeploy.FileSystem) (*bootloader.Target, error) {
+	have, err := disk.Inspect(ctx, device)
+	if err != nil {
+		return nil, err
+	}
+	t := &bootloader.Target{
+		Boot: boot, Mounted: true, Disk: device, Device: device, BootDevice: bootFS.Device, BootUUID: bootFS.UUID,
+	}
+	for _, p := range have.Partitions {
+		if p.Role == disk.RoleBIOS {
+			t.BIOSBootStart, t.BIOSBootSize = p.Start, p.Size
+		}
+		if p.FSUUID != "" && p.FSUUID == bootFS.UUID {
+			t.BootNumber = p.Number
+		}
+	}
+	return t, nil
+}
+
 func installToFilesystem(t *term, c *cli.Context, dir string) error {
 	fs, err := hostdeploy.FileSystemOf(c.Context, dir)
 	if err != nil {
@@ -300,10 +321,10 @@ func installToFilesystem(t *term, c *cli.Context, dir string) error {
 		n.Loader = found.Name()
 	}
 	if device := c.String("loader-disk"); device != "" {
-		n.Target = &bootloader.Target{
-			Boot: boot, Mounted: true, Disk: device, Device: device,
-			BootDevice: bootFS.Device, BootUUID: bootFS.UUID, Serial: serialOf(n.Machine),
+		if n.Target, err = loaderTarget(c.Context, device, boot, bootFS); err != nil {
+			return err
 		}
+		n.Target.Serial = serialOf(n.Machine)
 	}
 	plan, err := n.Prepare(c.Context, fill(t, c, n, p))
 	if err != nil {

@@ -24,7 +24,7 @@ import (
 // kernel's initramfs prints its command line and restarts, or ends the machine.
 
 // loadersDir returns a Debian tree that has the loaders' packages and a kernel; the test
-// is skipped without it. tests/setup/setup.sh makes it.
+// is skipped without it: whole systems are booted by tests/boot.
 func loadersDir(t *testing.T) string {
 	t.Helper()
 	dir := os.Getenv("PARTICLE_LOADERS")
