@@ -298,6 +298,9 @@ func (c *crash) runAll(points []point, jobs int) {
 			w := &crashWorker{crash: c, disk: filepath.Join(dirFor(c.t), "disk.raw")}
 			for j := range queue {
 				o := w.try(j.point, j.again)
+				if interrupted.Err() != nil {
+					continue // it tells of whoever stopped us
+				}
 				line, err := json.Marshal(o)
 				c.mu.Lock()
 				c.done[j.point] = o
