@@ -1,0 +1,294 @@
+package podman
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/particle-os/particle/converter/tree"
+	"github.com/particle-os/particle/registry"
+)
+
+// takesImages reports whether a podman mounts the layers of an image store: those of
+// trixie and sid do (5.4).
+func (r release) takesImages(t *testing.T) bool {
+	var major, minor int
+	cmd := exec.Command("podman", "--version")
+	if r.chroot != "" {
+		cmd = exec.Command("chroot", r.chroot, "podman", "--version")
+	}
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	version := run(t, cmd)
+	if _, err := fmt.Sscanf(version, "podman version %d.%d", &major, &minor); err != nil {
+		t.Fatalf("podman --version printed %q: %v", version, err)
+	}
+	return major > 5 || major == 5 && minor >= 4
+}
+
+// withImages has an engine use an image store, which has to exist.
+func (e *engine) withImages(dir string) {
+	e.t.Helper()
+	raw, err := os.ReadFile(e.conf)
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	if strings.Contains(string(raw), "[storage.options]") {
+		e.t.Fatal("the storage.conf has options already")
+	}
+	write(e.t, e.conf, string(raw)+fmt.Sprintf("[storage.options]\nadditionalimagestores = [%q]\n", dir))
+}
+
+// imageStore brings the generated image into a new store and an image store next to
+// it, and returns the reference in a registry and the image store.
+func imageStore(t *testing.T, rel release) (w *worker, ref, images string) {
+	addr := serveOn(t, registry.ServeOptions{})
+	ref = addr + "/three:1"
+	put(t, threeLayers(t), ref)
+	w = newWorker(t, rel)
+	run(t, w.particle("pull", "--insecure", ref, ref))
+	images = filepath.Join(w.dir, "images")
+	run(t, w.particle("export", ref, "podman-store:"+images))
+	return w, ref, images
+}
+
+// TestImageStore: podman runs an image that it never pulled, sees what plain podman
+// sees, and builds on it, pushes and saves it as if it were its own.
+func TestImageStore(t *testing.T) {
+	forEach(t, func(t *testing.T, rel release) {
+		if !rel.takesImages(t) {
+			t.Skip("podman before 5.4 wants to write to additional image stores")
+		}
+		w, ref, images := imageStore(t, rel)
+		w.withImages(images)
+		plain := newEngine(t, rel, "")
+		plain.podman("pull", "-q", ref)
+
+		if got, want := w.podman("image", "inspect", "--format", "{{.Id}} {{.RootFS.Layers}}", ref), plain.podman("image", "inspect", "--format", "{{.Id}} {{.RootFS.Layers}}", ref); got != want {
+			t.Errorf("got image %s, want %s", got, want)
+		}
+		same := func(what, image string, undated ...string) {
+			t.Helper()
+			want, got := plain.shows(image), w.shows(image)
+			// Plain podman gives "/" mode 0555 whatever a layer says of it; here it has the
+			// layer's, as with containerd.
+			want.Root.Mode = got.Root.Mode
+			for _, path := range undated {
+				if a, b := want.Lookup(path), got.Lookup(path); a != nil && b != nil {
+					b.MtimeSec, b.MtimeNsec = a.MtimeSec, a.MtimeNsec
+				}
+			}
+			for _, c := range tree.Diff(want, got) {
+				t.Errorf("%s: %s: %s (plain podman first)", what, c.Path, c.What)
+			}
+		}
+		same("run", ref)
+		script := "cat /usr/share/gone/again; mv /usr/share/kept /usr/share/moved && rm /usr/lib/big && ls /usr/share/moved"
+		if want, got := plain.podman("run", "--rm", ref, "sh", "-c", script), w.podman("run", "--rm", ref, "sh", "-c", script); got != want || got == "" {
+			t.Errorf("plain podman: %q, with the image store: %q", want, got)
+		}
+		if n, files := w.layerBytes(); n != 0 {
+			t.Errorf("podman keeps %d bytes of layers itself: %q", n, files)
+		}
+
+		// Built upon, committed.
+		dir := sharedDir(t)
+		write(t, filepath.Join(dir, "Containerfile"), "FROM "+ref+"\nRUN rm /usr/lib/second && mkdir /usr/share/built && echo built > /usr/share/built/f\n")
+		for _, e := range []*engine{plain, w.engine} {
+			e.podman("build", "-q", "-t", "localhost/built", dir)
+			e.podman("run", "--name", "c", ref, "sh", "-c", "rm -r /usr/share/new-name; echo committed > /tmp/c")
+			e.podman("commit", "-q", "c", "localhost/committed")
+			e.podman("rm", "c")
+		}
+		undated := []string{"/usr/lib", "/usr/share", "/usr/share/built", "/usr/share/built/f", "/tmp", "/tmp/c", "/run", "/etc"}
+		same("build", "localhost/built", undated...)
+		same("commit", "localhost/committed", undated...)
+
+		// Pushed and saved: the very layers.
+		for _, e := range []*engine{plain, w.engine} {
+			e.podman("push", "-q", ref, "dir:"+filepath.Join(e.dir, "pushed"))
+			e.podman("push", "-q", "localhost/built", "dir:"+filepath.Join(e.dir, "pushed-built"))
+		}
+		want, got := pushedLayers(t, filepath.Join(plain.dir, "pushed")), pushedLayers(t, filepath.Join(w.dir, "pushed"))
+		if !slices.Equal(got, want) || len(got) != 3 {
+			t.Errorf("pushed: got layers %q, want %q", got, want)
+		}
+		if got := pushedLayers(t, filepath.Join(w.dir, "pushed-built")); len(got) != 4 || !slices.Equal(got[:3], want) {
+			t.Errorf("pushed what was built: got layers %q, want %q and one more", got, want)
+		}
+		w.podman("save", "-q", "--format=oci-archive", "-o", filepath.Join(w.dir, "saved.tar"), ref)
+
+		// Nobody removes it but us; then podman does not know it, and its own goes on.
+		if _, _, err := try(w.command("rmi", ref)); err == nil {
+			t.Error("podman removed an image of the image store")
+		}
+		w.podman("rmi", "localhost/built", "localhost/committed")
+		w.podman("system", "prune", "--force")
+		same("after prune", ref)
+		run(t, w.particle("export", "--remove", ref, "podman-store:"+images))
+		if out := w.podman("images", "-q"); out != "" {
+			t.Errorf("after it was removed podman has images %q", out)
+		}
+	})
+}
+
+// shows reads what a container of an image sees, while it runs.
+func (e *engine) shows(image string) *tree.Tree {
+	e.t.Helper()
+	id := e.podman("run", "-d", image, "sleep", "1000")
+	defer e.podman("rm", "--force", "--time=0", id)
+	got := treeOf(e.t, filepath.Join(e.rel.chroot, e.podman("container", "inspect", "--format", "{{.GraphDriver.Data.MergedDir}}", id)))
+	// What podman mounts or makes in every container.
+	for _, path := range []string{"/dev", "/proc", "/sys", "/run", "/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/etc/mtab", "/etc/localtime"} {
+		if parent := got.Lookup(filepath.Dir(path)); parent != nil {
+			delete(parent.Dir, filepath.Base(path))
+		}
+	}
+	for _, path := range []string{"/", "/etc"} {
+		if n := got.Lookup(path); n != nil {
+			n.MtimeSec, n.MtimeNsec = 0, 0
+		}
+	}
+	return got
+}
+
+// pushedLayers returns the digests of the layers in a dir:.
+func pushedLayers(t *testing.T, dir string) (digests []string) {
+	t.Helper()
+	var m struct{ Layers []struct{ Digest string } }
+	raw, err := os.ReadFile(filepath.Join(dir, "manifest.json"))
+	if err == nil {
+		err = json.Unmarshal(raw, &m)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range m.Layers {
+		digests = append(digests, l.Digest)
+	}
+	return digests
+}
+
+// TestOnce: an image that is fetched once is on disk once and in memory once, for
+// podman, for a mount as containerd's snapshotter and a booted system have it, and for
+// both at a time.
+func TestOnce(t *testing.T) {
+	forEach(t, func(t *testing.T, rel release) {
+		if !rel.takesImages(t) {
+			t.Skip("podman before 5.4 wants to write to additional image stores")
+		}
+		w, ref, images := imageStore(t, rel)
+		alone, err := diskUse(w.store)
+		if err != nil {
+			t.Fatal(err)
+		}
+		both, err := diskUse(w.store, images)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("the store takes %d bytes on disk, the image store %d more", alone, both-alone)
+		// Metadata of three layers, and directories of objects: not the files, which are
+		// three times bigFile.
+		if both-alone > bigFile {
+			t.Errorf("the image store takes %d bytes: files are there twice", both-alone)
+		}
+
+		w.withImages(images)
+		id := w.podman("run", "-d", ref, "sleep", "1000")
+		defer w.podman("rm", "--force", "--time=0", id)
+		merged := filepath.Join(rel.chroot, w.podman("container", "inspect", "--format", "{{.GraphDriver.Data.MergedDir}}", id))
+		mnt := filepath.Join(w.dir, "mnt")
+		if err := os.Mkdir(mnt, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		run(t, w.particle("mount", ref, mnt))
+		defer func() { run(t, w.particle("umount", mnt)) }()
+
+		const name = "usr/lib/big"
+		if err := dropCache(filepath.Join(mnt, name)); err != nil {
+			t.Fatal(err)
+		}
+		if n := residentPages(t, filepath.Join(merged, name)); n != 0 {
+			t.Fatalf("%d pages of %s are in memory before anybody reads it", n, name)
+		}
+		if raw, err := os.ReadFile(filepath.Join(merged, name)); err != nil || len(raw) != bigFile {
+			t.Fatalf("podman's container reads %d bytes, %v", len(raw), err)
+		}
+		if got, want := residentPages(t, filepath.Join(mnt, name)), bigFile/os.Getpagesize(); got != want {
+			t.Errorf("after podman's container read it, %d of %d pages are in memory for the other mount", got, want)
+		}
+	})
+}
+
+// diskUse returns the disk space below directories in bytes, each inode once.
+func diskUse(dirs ...string) (int64, error) {
+	out, err := exec.Command("du", append([]string{"--summarize", "--block-size=1", "--total"}, dirs...)...).Output()
+	if err != nil {
+		return 0, err
+	}
+	lines := strings.Split(strings.TrimSpace(string(out)), "\n")
+	var n int64
+	_, err = fmt.Sscan(lines[len(lines)-1], &n)
+	return n, err
+}
+
+// dropCache writes a file's pages back and drops them from memory. A file of an
+// overlay takes several tries: it hands the request to the layer below.
+func dropCache(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for range 20 {
+		unix.Sync()
+		if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("1"), 0); err != nil {
+			return err
+		}
+		if n, err := resident(f); err != nil || n == 0 {
+			return err
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	return fmt.Errorf("%s stays in memory", path)
+}
+
+func residentPages(t *testing.T, path string) int {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	n, err := resident(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// resident counts the pages of a file that are in memory, by mincore(2).
+func resident(f *os.File) (int, error) {
+	fi, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	m, err := unix.Mmap(int(f.Fd()), 0, int(fi.Size()), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Munmap(m)
+	vec, err := mincore(m)
+	n := 0
+	for _, v := range vec {
+		n += int(v & 1)
+	}
+	return n, err
+}
