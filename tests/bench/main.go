@@ -90,7 +90,12 @@ func run(ctx context.Context, o options) (err error) {
 		}
 		res.Groups = append(res.Groups, gr)
 	}
-	if len(res.Groups) == 0 {
+	if strings.Contains("containerd", o.only) {
+		if res.Containerd, err = benchContainerd(ctx, in, o.rounds); err != nil {
+			return err
+		}
+	}
+	if len(res.Groups) == 0 && res.Containerd == nil {
 		return fmt.Errorf("no group has %q in its name", o.only)
 	}
 	res.print(os.Stdout)

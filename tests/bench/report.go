@@ -16,6 +16,8 @@ type results struct {
 	Machine map[string]string `json:"machine"`
 	Inputs  map[string]string `json:"inputs"`
 	Groups  []*groupResult    `json:"groups"`
+
+	Containerd *containerdResult `json:"containerd,omitempty"`
 }
 
 type groupResult struct {
@@ -120,6 +122,9 @@ func (r *results) print(w io.Writer) {
 				fmt.Fprintf(w, "  aim: at least %.0f times as fast as %s: %.2f, MISSED by %.0f %%\n", c.Target, c.Name, c.Ratio, 100*(1-c.Ratio/c.Target))
 			}
 		}
+	}
+	if r.Containerd != nil {
+		r.Containerd.print(w)
 	}
 }
 
