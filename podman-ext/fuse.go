@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
+	"net"
 	"slices"
 	"sync"
 	"syscall"
@@ -196,8 +198,13 @@ func (n *layerNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut)
 		if ctx.Err() != nil {
 			return nil, syscall.EINTR
 		}
-		n.s.log.Warn("podman pulls a layer itself", "image", n.key.Ref, "layer", n.key.Digest, "error", err)
-		return nil, syscall.ENOENT
+		// That an image cannot be had was said once, for all of its layers.
+		level := slog.LevelWarn
+		if errors.Is(err, errImage) {
+			level = slog.LevelDebug
+		}
+		n.s.log.Log(ctx, level, "podman has to pull a layer itself", "image", n.key.Ref, "layer", n.key.Digest, "error", err)
+		return nil, errnoOf(err)
 	}
 	switch name {
 	case diffName:
@@ -209,6 +216,19 @@ func (n *layerNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut)
 	}
 	out.Mode, out.Size = fileMode, uint64(l.Size)
 	return child(ctx, n.EmbeddedInode(), name, fileMode, func() fs.InodeEmbedder { return &blobNode{s: n.s, key: n.key, size: l.Size} }), 0
+}
+
+// errnoOf returns what podman shows a person who runs an image whose layer cannot be
+// had any more. When it pulls one all errors are the same to it.
+func errnoOf(err error) syscall.Errno {
+	var network *net.OpError
+	switch {
+	case errors.Is(err, ErrStalled), errors.Is(err, context.DeadlineExceeded):
+		return syscall.ETIMEDOUT
+	case errors.As(err, &network):
+		return syscall.EHOSTDOWN
+	}
+	return syscall.ENOENT
 }
 
 // Create of the file "use" is podman's word that it uses the layer. ENOENT means yes.

@@ -90,7 +90,7 @@ func (s *LayerStore) Provide(ctx context.Context, key Key) (Layer, error) {
 		if err == nil {
 			return l, nil
 		}
-		s.log.Warn("mounting a layer again", "image", key.Ref, "layer", key.Digest, "error", err)
+		s.log.Info("a layer is not in the store any more", "image", key.Ref, "layer", key.Digest, "error", err)
 	} else {
 		s.mu.Unlock()
 	}

@@ -63,7 +63,7 @@ type resolved struct {
 // the middle of the image, that one hides.
 func (r *resolved) find(digest string) int {
 	for i, l := range slices.Backward(r.layers) {
-		if digest == l.digest || digest == l.toc {
+		if digest == l.digest || l.toc != "" && digest == l.toc {
 			return i
 		}
 	}
@@ -145,7 +145,7 @@ func (s *LayerStore) resolve(ctx context.Context, key Key) (*resolved, error) {
 		}
 		s.unuse(img)
 		if img.err != nil {
-			return nil, fmt.Errorf("looking for layer %s of %s: %w", key.Digest, key.Ref, img.err)
+			return nil, fmt.Errorf("looking for layer %s of %s: %w: %w", key.Digest, key.Ref, errImage, img.err)
 		}
 		if again {
 			return nil, fmt.Errorf("%w: %s has no layer %s for this platform", ErrNoLayer, key.Ref, key.Digest)
@@ -166,6 +166,9 @@ func (s *LayerStore) local(ref string) (*resolved, error) {
 	}
 	return &resolved{ref: ref, layers: layers, local: true, users: 1}, nil
 }
+
+// errImage marks an error of a whole image.
+var errImage = errors.New("opening the image")
 
 // open returns the registry's image of a reference, which may still be on its way. One
 // that has been opened lately serves again, unless another is wanted. The caller calls
@@ -190,7 +193,7 @@ func (s *LayerStore) open(ref string, fresh bool) *resolved {
 		life := imageLife
 		if err != nil {
 			life = failLife
-			s.log.Warn("podman pulls an image itself", "image", ref, "error", err)
+			s.log.Warn("podman has to pull an image itself", "image", ref, "error", err)
 		}
 		s.mu.Lock()
 		defer s.mu.Unlock()

@@ -186,7 +186,7 @@ func (e *engine) command(args ...string) *exec.Cmd {
 	cmd.Dir = "/"
 	cmd.Env = []string{
 		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + e.dir, "LC_ALL=C",
-		"TMPDIR=" + e.dir,
+		"TMPDIR=" + e.dir, "PODMAN_IGNORE_CGROUPSV1_WARNING=1",
 		"CONTAINERS_STORAGE_CONF=" + e.conf,
 		"CONTAINERS_CONF=" + filepath.Join(e.dir, "containers.conf"),
 		"CONTAINERS_REGISTRIES_CONF=" + filepath.Join(e.dir, "registries.conf"),
