@@ -109,13 +109,16 @@ func podmanChecks(p *podmanPlace, f *mount.Features) []check {
 	if err := f.Mountable(); err != nil {
 		mounts = mount.Support{Why: err.Error()}
 	}
-	images := mounts
+	layers, images := mounts, mounts
+	if layers.OK && !p.takesLayers() {
+		layers = mount.Support{Why: "podman " + p.version + " forgets them, as all since 5.5"}
+	}
 	if images.OK && !p.takesImages() {
 		images = mount.Support{Why: "podman " + p.version + ", 5.4 is needed"}
 	}
 	checks := []check{
-		{"podman: layers of the store", mounts, "podman keeps copies of its own"},
-		{"podman: images without a pull", images, "podman pulls them, through the layer store in no time"},
+		{"podman: pulls from the store", layers, "what it pulls are copies of its own"},
+		{"podman: runs the store's images", images, "it has to pull them"},
 		{"podman without root", mount.Support{Why: "the kernel mounts EROFS for root only"},
 			"it pulls, builds and runs as ever, with copies of its own; particle convert containers-storage: takes its images"},
 	}

@@ -91,7 +91,7 @@ func TestPodmanChecks(t *testing.T) {
 		version      string
 		major, minor int
 		want         []bool // layers, images, without root
-	}{{"4.3.1", 4, 3, []bool{true, false, false}}, {"5.4.2", 5, 4, []bool{true, true, false}}, {"6.0.0", 6, 0, []bool{true, true, false}}} {
+	}{{"4.3.1", 4, 3, []bool{true, false, false}}, {"5.4.2", 5, 4, []bool{true, true, false}}, {"5.8.6", 5, 8, []bool{false, true, false}}} {
 		for i, got := range podmanChecks(&podmanPlace{version: c.version, major: c.major, minor: c.minor}, f) {
 			if got.OK != c.want[i] || got.OK != (got.Why == "") || got.OK != (got.Otherwise == "") {
 				t.Errorf("podman %s: got %+v, want ok=%v", c.version, got, c.want[i])

@@ -128,6 +128,11 @@ func (b *podmanBridge) usualConf() string {
 	return storageConf
 }
 
+// takesLayers reports whether podman keeps the layers of a layer store. Version 5.5
+// (storage 1.58) and newer record them in no file: the image is gone with the process
+// that pulled it.
+func (p *podmanPlace) takesLayers() bool { return p.major == 4 || p.major == 5 && p.minor < 5 }
+
 // takesImages reports whether podman mounts the layers of image stores
 // (podmanext.ImageStore); older ones would start containers on nothing but objects.
 func (p *podmanPlace) takesImages() bool { return p.major > 5 || p.major == 5 && p.minor >= 4 }
@@ -145,9 +150,14 @@ func (b *podmanBridge) enable(ctx context.Context) (*bridgePlan, error) {
 	if err != nil {
 		return nil, err
 	}
-	layers, images := []string{b.layers + ":ref"}, []string{}
+	var layers, images []string
+	if place.takesLayers() {
+		layers = append(layers, b.layers+":ref")
+		plan.Notes = append(plan.Notes, "next: systemctl enable --now particle-layer-store, then podman pull uses the store")
+	}
 	if place.takesImages() {
 		images = append(images, b.images)
+		plan.Notes = append(plan.Notes, "particle export NAME podman-store:"+b.images+" lets podman run an image without a pull")
 	}
 	var text string
 	if place.dropIn {
@@ -160,16 +170,16 @@ func (b *podmanBridge) enable(ctx context.Context) (*bridgePlan, error) {
 	}
 	if old == nil || *old != text {
 		plan.Changes = append(plan.Changes, fileChange{Path: place.path, Old: old, New: &text, Dirs: missingDirs(place.path)})
-		plan.Notes = append(plan.Notes, "next: systemctl enable --now particle-layer-store, then podman pull uses the store")
-		if len(images) > 0 {
-			plan.Notes = append(plan.Notes, "particle export NAME podman-store:"+b.images+" lets podman run an image without a pull")
-		}
+	} else {
+		plan.Notes = nil
 	}
 	// Before the configuration: with a directory of these missing, every podman command
 	// fails. Made again where they are gone, too.
 	plan.prepare = func() error {
-		if err := os.MkdirAll(b.layers, 0o755); err != nil {
-			return err
+		if len(layers) > 0 {
+			if err := os.MkdirAll(b.layers, 0o755); err != nil {
+				return err
+			}
 		}
 		if len(images) > 0 {
 			if _, err := podmanext.InitImageStore(b.images); err != nil {
@@ -297,7 +307,10 @@ func (b *podmanBridge) status(ctx context.Context) (*bridgeStatus, error) {
 		st.State = bridgeOutdated
 		st.Notes = append(st.Notes, "particle plugins enable podman brings "+place.path+" up to date")
 	}
-	dirs := []string{b.layers}
+	var dirs []string
+	if place.takesLayers() {
+		dirs = append(dirs, b.layers)
+	}
 	if place.takesImages() {
 		dirs = append(dirs, b.images)
 	}

@@ -29,10 +29,10 @@ func TestPodmanBridge(t *testing.T) {
 	const own = "# mine\n[storage]\ndriver = \"overlay\"\n[storage.options]\nadditionalimagestores = [\n \"/usr/lib\", # vendor\n]" // no newline
 	for _, c := range []struct {
 		name, version, conf string // conf "" is none
-		images              bool
+		images, layers      bool
 	}{
-		{"edited", "5.4.2", own, true}, {"too old for images", "4.3.1", own, false},
-		{"made", "5.8.6", "", true}, {"made for an old one", "4.3.1", "", false},
+		{"edited", "5.4.2", own, true, true}, {"too old for images", "4.3.1", own, false, true},
+		{"made", "5.8.6", "", true, false}, {"made for an old one", "4.3.1", "", false, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			fakePodman(t, c.version)
@@ -73,8 +73,8 @@ func TestPodmanBridge(t *testing.T) {
 			if got := strings.Contains(string(text), filepath.Join(dir, "root", "images")); got != c.images {
 				t.Errorf("image store in the configuration: got %v, want %v\n%s", got, c.images, text)
 			}
-			if !strings.Contains(string(text), filepath.Join(dir, "root", "layers")+":ref") {
-				t.Errorf("no layer store in\n%s", text)
+			if got := strings.Contains(string(text), filepath.Join(dir, "root", "layers")+":ref"); got != c.layers {
+				t.Errorf("layer store in the configuration: got %v, want %v\n%s", got, c.layers, text)
 			}
 			if got := plugins("enable"); !strings.Contains(got, "nothing to change") {
 				t.Errorf("enabled again: got %s", got)
