@@ -108,7 +108,10 @@ func (t *Txn) linkFile(ctx context.Context, f *os.File, size int64) (d fsverity.
 	name := strconv.FormatUint(n, 36)
 	stage := int(t.stage.dir.Fd())
 	err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", f.Fd()), stage, name, unix.AT_SYMLINK_FOLLOW)
-	if err == unix.ENOSPC || err == unix.EDQUOT {
+	if err == unix.EXDEV {
+		err = t.linkAcross(f, name)
+	}
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 		return d, false, t.fail(err)
 	}
 	if err != nil { // EXDEV, EMLINK, EPERM…: copy it

@@ -30,6 +30,9 @@ type Txn struct {
 
 	linkFiles atomic.Bool
 	noReflink atomic.Bool
+	viewOnce  sync.Once
+	view      *mountView // nil until mountView made it
+	viewErr   error
 	seq       atomic.Uint64 // of files in the staging directory
 
 	mu      sync.Mutex // of what follows
@@ -104,6 +107,9 @@ func (t *Txn) release() error {
 	var err error
 	if t.stage != nil {
 		err = t.stage.close()
+	}
+	if t.view != nil {
+		t.view.file.Close()
 	}
 	if t.objects >= 0 {
 		err = errors.Join(err, unix.Close(t.objects))
