@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
@@ -66,12 +67,40 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	}
 	s.counters.commits.Add(1)
 	s.grown(a.id, below, t)
-	s.release(a.id)
-	s.discard(a.id)
 	if isExtract(key) {
+		s.release(a.id)
+		s.discard(a.id)
 		s.warm(name)
+		return nil
 	}
+	s.retire(a.id)
 	return nil
+}
+
+// retireDelay is how long the mounts of an active snapshot work after its commit.
+const retireDelay = 2 * time.Minute
+
+// retire takes away what the mounts of an active snapshot referred to, some time after
+// its commit. BuildKit asks for the mounts of a build step's result, commits that when
+// the next step begins, and only then mounts them, without its upper directory as such.
+func (s *Snapshotter) retire(id string) {
+	s.state.setRetiring(id)
+	s.background.Go(func() {
+		select {
+		case <-s.ctx.Done(): // the next New does it
+			return
+		case <-time.After(retireDelay):
+		}
+		s.retired(id)
+	})
+}
+
+// retired ends what retire began, if nothing else has.
+func (s *Snapshotter) retired(id string) {
+	if s.state.takeRetiring(id) {
+		s.release(id)
+		s.discard(id)
+	}
 }
 
 // grown notes that a chain was committed whose last layer has the tree t.

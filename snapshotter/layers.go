@@ -357,12 +357,14 @@ type volatile struct {
 	mu          sync.Mutex
 	speculative map[string]bool       // images of committed snapshots that nobody asked for
 	applied     map[string]*tree.Tree // layers of active snapshots, from Apply to Commit
+	retiring    map[string]bool       // committed snapshots that still have an upper directory
 	garbage     bool                  // names were removed from the store
 }
 
 func (v *volatile) init() {
 	v.speculative = map[string]bool{}
 	v.applied = map[string]*tree.Tree{}
+	v.retiring = map[string]bool{}
 }
 
 func (v *volatile) setSpeculative(id string, yes bool) {
@@ -393,6 +395,26 @@ func (v *volatile) appliedOf(id string) *tree.Tree {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return v.applied[id]
+}
+
+func (v *volatile) setRetiring(id string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.retiring[id] = true
+}
+
+func (v *volatile) isRetiring(id string) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.retiring[id]
+}
+
+func (v *volatile) takeRetiring(id string) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	yes := v.retiring[id]
+	delete(v.retiring, id)
+	return yes
 }
 
 // forget drops all that is known of a snapshot.

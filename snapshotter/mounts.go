@@ -9,6 +9,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -439,7 +440,7 @@ func UnmountAll(root string) error {
 }
 
 // upperInUse reports whether an overlay that this process sees has the directory as
-// upper directory.
+// upper directory, or as a lower one: BuildKit mounts it so to read it.
 func upperInUse(dir string) (used bool, err error) {
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
@@ -450,6 +451,12 @@ func upperInUse(dir string) (used bool, err error) {
 		if e.Type == "overlay" {
 			for _, upper := range e.SuperOption("upperdir") {
 				used = used || upper == dir
+			}
+			for _, lowers := range e.SuperOption("lowerdir") {
+				used = used || slices.Contains(strings.Split(lowers, ":"), dir)
+			}
+			for _, lower := range e.SuperOption("lowerdir+") {
+				used = used || lower == dir
 			}
 		}
 		return nil

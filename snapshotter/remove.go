@@ -49,6 +49,7 @@ func (s *Snapshotter) remove(ctx context.Context, key string) error {
 	if kind != snapshots.KindCommitted {
 		s.discard(id)
 	}
+	s.retired(id)
 	return nil
 }
 
@@ -164,7 +165,7 @@ func (s *Snapshotter) sweep(ctx context.Context, start bool) error {
 			if start {
 				s.removeAll(path)
 			}
-		case known[name] == snapshots.KindUnknown, known[name] == snapshots.KindCommitted:
+		case known[name] == snapshots.KindUnknown, known[name] == snapshots.KindCommitted && !s.state.isRetiring(name):
 			s.discard(name)
 		}
 	}

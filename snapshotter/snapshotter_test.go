@@ -34,6 +34,7 @@ func TestRestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	top := stack(ctx, t, e, "image", base, do(remove("dir/big"), file("new", big, 0o644)))
+	snapshotter.EndRetiring(e.Snapshotter)
 	mounts, err := e.Prepare(ctx, "run", top)
 	if err != nil {
 		t.Fatal(err)
@@ -114,6 +115,53 @@ func TestBadRoot(t *testing.T) {
 	}
 }
 
+// TestMountAfterCommit mounts what an active snapshot's mounts were after its commit, to
+// read it, as BuildKit does. It stays while it is mounted.
+func TestMountAfterCommit(t *testing.T) {
+	requireMounts(t)
+	ctx := t.Context()
+	e := mustOpen(t, t.TempDir(), snapshotter.Options{})
+	top := stack(ctx, t, e, "image", base)
+	mounts, err := e.Prepare(ctx, "step", top)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mounted(t, mounts, func(dir string) { err = os.WriteFile(filepath.Join(dir, "made"), []byte("made"), 0o644) })
+	if err == nil {
+		err = e.Commit(ctx, "result", "step")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var upper, lower string
+	for _, o := range mounts[0].Options {
+		if dir, ok := strings.CutPrefix(o, "upperdir="); ok {
+			upper = dir
+		}
+		if dir, ok := strings.CutPrefix(o, "lowerdir="); ok {
+			lower = dir
+		}
+	}
+	mounted(t, []mountT{{Type: "overlay", Source: "overlay", Options: []string{"lowerdir=" + upper + ":" + lower}}}, func(dir string) {
+		snapshotter.EndRetiring(e.Snapshotter)
+		if err := e.Cleanup(ctx); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"made", "suid"} {
+			if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	if err := e.Cleanup(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(upper); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the upper directory is left: %v", err)
+	}
+	e.removeAll(t)
+}
+
 // TestLoop stacks a container on images that are on loop devices.
 func TestLoop(t *testing.T) {
 	requireMounts(t)
@@ -121,6 +169,7 @@ func TestLoop(t *testing.T) {
 	snapshotter.ForceLoop(e.Snapshotter)
 	ctx := t.Context()
 	top := stack(ctx, t, e, "image", base, do(remove("dir")))
+	snapshotter.EndRetiring(e.Snapshotter)
 	view, writable := show(ctx, t, e, top)
 	if d := tree.Diff(timeless(view), timeless(writable)); len(d) > 0 {
 		t.Errorf("view and writable differ: %v", d)
