@@ -4,15 +4,41 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/particle-os/particle/registry"
 )
 
-// forEach runs a test with each podman.
+// forEach runs a test with each podman that layer stores work with.
 func forEach(t *testing.T, fn func(t *testing.T, rel release)) {
 	for _, rel := range releases(t) {
-		t.Run(rel.name, func(t *testing.T) { fn(t, rel) })
+		t.Run(rel.name, func(t *testing.T) {
+			if rel.forgets {
+				t.Skip("this podman forgets layers of layer stores; TestForgets has that")
+			}
+			fn(t, rel)
+		})
+	}
+}
+
+// TestForgets: podman 5.5 and newer loses layers of a layer store, whoever serves it.
+// When this fails podman is repaired, and podmanext.CheckPodman may let it in.
+func TestForgets(t *testing.T) {
+	for _, rel := range releases(t) {
+		t.Run(rel.name, func(t *testing.T) {
+			if !rel.forgets {
+				t.Skip("this podman does not")
+			}
+			ref, _, _ := published(t, rel)
+			l := newLayerStore(t)
+			l.start()
+			e := newEngine(t, rel, l.dir)
+			e.podman("pull", "-q", ref)
+			if _, errs, err := try(e.command("image", "mount", ref)); err == nil || !strings.Contains(errs, "layer not known") {
+				t.Errorf("podman image mount says %v\n%s", err, errs)
+			}
+		})
 	}
 }
 
@@ -135,7 +161,9 @@ COPY Containerfile /tmp/
 		// What podman made for the container has the date of that.
 		sameFiles(t, plain, e, "localhost/committed", "/run", "/run/.containerenv", "/etc/mtab")
 		e.podman("push", "-q", "localhost/committed", other+"/committed:1")
-		if n, _ := e.layerBytes(); n > 100_000 {
+		// From 5.1 on podman copies the layers below what it commits: it knows them by
+		// their tables of contents, and by diffID in the new image.
+		if n, _ := e.layerBytes(); n > 100_000 && !rel.toc {
 			t.Errorf("podman keeps %d bytes of layers itself; the build and the commit are smaller than that", n)
 		}
 

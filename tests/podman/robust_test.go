@@ -62,6 +62,9 @@ func TestConcurrent(t *testing.T) {
 		t.Errorf("the registry sent %d blobs, want at most %d", got, most)
 	}
 	for i, ref := range refs {
+		if i%3 != 0 { // some of either kind will do: starting takes longest
+			continue
+		}
 		got := engines[i].podman("run", "--rm", ref, "sh", "-c", "cat /etc/name; ls /etc/empty 2>&1; ls /usr/shared")
 		want := []string{fmt.Sprint(i), fmt.Sprint(i % 4), fmt.Sprint((i + 1) % 4)}
 		for _, w := range want {
