@@ -231,14 +231,21 @@ func (b *layerBuilder) tarSplit(diffID v1.Hash, w io.Writer) error {
 	pr, pw := io.Pipe()
 	go func() { pw.CloseWithError(layer.Assemble(b.ctx, pw, r, b.open)) }()
 	defer pr.Close()
-	tar, err := asm.NewInputTarStream(pr, tarsplit.NewJSONPacker(z), tarsplit.NewDiscardFilePutter())
-	if err != nil {
-		return err
-	}
-	if _, err := io.Copy(io.Discard, tar); err != nil {
+	if err := splitTar(pr, z); err != nil {
 		return fmt.Errorf("splitting the tar: %w", err)
 	}
 	return z.Close()
+}
+
+// splitTar writes all of a tar but the contents of its files to w, as tar-split has it.
+func splitTar(r io.Reader, w io.Writer) error {
+	tar, done, err := asm.NewInputTarStreamWithDone(r, tarsplit.NewJSONPacker(w), tarsplit.NewDiscardFilePutter())
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(io.Discard, tar)
+	tar.Close()
+	return errors.Join(err, <-done) // from here on nobody writes to w
 }
 
 // linkName makes a layer's short name, 26 letters and digits as podman's own

@@ -20,8 +20,6 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
-	"github.com/vbatts/tar-split/tar/asm"
-	tarsplit "github.com/vbatts/tar-split/tar/storage"
 
 	"github.com/particle-os/particle/converter"
 	"github.com/particle-os/particle/converter/layer"
@@ -164,11 +162,7 @@ func podmanStorage(t testing.TB, m *memImage) string {
 		extract(t, m.blobs[diffID], diff)
 		var split bytes.Buffer
 		z := gzip.NewWriter(&split)
-		r, err := asm.NewInputTarStream(bytes.NewReader(m.blobs[diffID]), tarsplit.NewJSONPacker(z), tarsplit.NewDiscardFilePutter())
-		if err == nil {
-			_, err = io.Copy(io.Discard, r)
-		}
-		if err = errors.Join(err, z.Close()); err != nil {
+		if err := errors.Join(splitTar(bytes.NewReader(m.blobs[diffID]), z), z.Close()); err != nil {
 			t.Fatal(err)
 		}
 		put(filepath.Join(mkdir("overlay-layers"), id+".tar-split.gz"), split.Bytes())
@@ -438,11 +432,7 @@ func TestParseInfo(t *testing.T) {
 func FuzzTarSplit(f *testing.F) {
 	for _, l := range testLayers(f) {
 		var split bytes.Buffer
-		r, err := asm.NewInputTarStream(bytes.NewReader(l), tarsplit.NewJSONPacker(&split), tarsplit.NewDiscardFilePutter())
-		if err == nil {
-			_, err = io.Copy(io.Discard, r)
-		}
-		if err != nil {
+		if err := splitTar(bytes.NewReader(l), &split); err != nil {
 			f.Fatal(err)
 		}
 		f.Add(split.Bytes())

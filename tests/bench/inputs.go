@@ -41,6 +41,7 @@ type inputs struct {
 	dump     string // file
 	dumpName string
 	host     string // of the registry that has both images
+	ranged   string // the same registry, serving several ranges at a time; "" if not needed
 	server   *http.Server
 }
 

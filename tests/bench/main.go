@@ -80,7 +80,11 @@ func run(ctx context.Context, o options) (err error) {
 	defer func() { err = errors.Join(err, in.close()) }()
 
 	res := &results{Rounds: o.rounds, Started: time.Now().UTC().Truncate(time.Second), Machine: describeMachine(), Inputs: in.describe()}
-	for _, g := range groups {
+	all, err := withPodman(ctx, in, o.only)
+	if err != nil {
+		return err
+	}
+	for _, g := range all {
 		if !strings.Contains(g.name, o.only) {
 			continue
 		}

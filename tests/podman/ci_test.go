@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/particle-os/particle/registry"
 )
 
@@ -259,6 +261,24 @@ func TestImport(t *testing.T) {
 			if err != nil || strings.Contains(errs, "to a directory first") {
 				t.Fatalf("%s: %v\n%s", name, err, tail(errs))
 			}
+		}
+		// Linked where they lie on one file system, as here.
+		objects, err := filepath.Glob(filepath.Join(stores["local"], "objects/*/*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		linked := 0
+		for _, o := range objects {
+			var st unix.Stat_t
+			if err := unix.Lstat(o, &st); err != nil {
+				t.Fatal(err)
+			}
+			if st.Nlink > 1 {
+				linked++
+			}
+		}
+		if linked < len(objects)/2 {
+			t.Errorf("%d of %d objects are links of podman's files", linked, len(objects))
 		}
 		links := func(pattern string) string {
 			var b strings.Builder
