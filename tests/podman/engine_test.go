@@ -1,7 +1,6 @@
 package podman
 
 import (
-	"encoding/json"
 	"fmt"
 	"io/fs"
 	"os"
@@ -274,14 +273,6 @@ func (e *engine) layers() (all, additional int) {
 		}
 	}
 	return all, additional
-}
-
-// inspect decodes what podman knows of an image.
-func (e *engine) inspect(image string, v any) {
-	e.t.Helper()
-	if err := json.Unmarshal([]byte(e.podman("image", "inspect", "--format", "{{json .}}", image)), v); err != nil {
-		e.t.Fatal(err)
-	}
 }
 
 func write(t testing.TB, name, text string) {
