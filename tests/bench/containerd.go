@@ -351,7 +351,7 @@ func cached() (int64, error) {
 			return kib << 10, nil
 		}
 	}
-	return 0, errors.New("/proc/meminfo has no Cached:")
+	return 0, errors.New("there is no size of the page cache in /proc/meminfo")
 }
 
 // print writes the table for people.

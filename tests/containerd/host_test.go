@@ -229,11 +229,28 @@ func (h *host) ctr(args ...string) string {
 // runIn runs a shell command in a new container and returns what it prints.
 func (h *host) runIn(snapshotter, image, script string) string {
 	h.t.Helper()
-	out, err := h.tryCtr("run", "--rm", "--snapshotter", snapshotter, "--net-host", image, h.newID(), "/bin/sh", "-c", script)
-	if err != nil {
-		h.t.Fatal(err)
+	return h.printed(script, func() []string {
+		return []string{"run", "--rm", "--snapshotter", snapshotter, "--net-host", image, h.newID()}
+	})
+}
+
+// printed runs a shell command, which may be run again, by ctr with the given arguments
+// and returns what it prints. ctr may lose the end of that when a process ends soon.
+func (h *host) printed(script string, args func() []string) string {
+	h.t.Helper()
+	const end = "(that was all)\n"
+	var out string
+	for range 5 {
+		var err error
+		if out, err = h.tryCtr(append(args(), "/bin/sh", "-c", script+"\necho '"+strings.TrimSpace(end)+"'")...); err != nil {
+			h.t.Fatal(err)
+		}
+		if all, ok := strings.CutSuffix(out, end); ok {
+			return all
+		}
 	}
-	return out
+	h.t.Fatalf("ctr loses the end of what a container prints again and again: %q", out)
+	return ""
 }
 
 var ids struct {

@@ -210,7 +210,7 @@ func shell(t testing.TB) v1.Layer {
 		d("bin", 0o755), f("bin/busybox", string(program), 0o755),
 		d("proc", 0o555), d("sys", 0o555), d("dev", 0o755), d("run", 0o755), d("tmp", 0o1777), d("etc", 0o755), d("var", 0o755),
 	}
-	for _, applet := range []string{"sh", "cat", "find", "sort", "stat", "sha256sum", "sleep", "rm", "mkdir", "mv", "ls", "readlink", "id", "echo", "chown"} {
+	for _, applet := range []string{"sh", "cat", "find", "sort", "stat", "sha256sum", "sleep", "rm", "mkdir", "mv", "ls", "readlink", "id", "echo", "chown", "true"} {
 		entries = append(entries, link("bin/"+applet, "busybox", tar.TypeSymlink))
 	}
 	return layerOf(t, entries...)
