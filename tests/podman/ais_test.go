@@ -17,6 +17,14 @@ import (
 	"github.com/particle-os/particle/registry"
 )
 
+// withEach runs a test with each podman, those that forget layers of a layer store
+// among them.
+func withEach(t *testing.T, fn func(t *testing.T, rel release)) {
+	for _, rel := range releases(t) {
+		t.Run(rel.name, func(t *testing.T) { fn(t, rel) })
+	}
+}
+
 // takesImages reports whether a podman mounts the layers of an image store: those of
 // trixie and sid do (5.4).
 func (r release) takesImages(t *testing.T) bool {
@@ -62,7 +70,7 @@ func imageStore(t *testing.T, rel release) (w *worker, ref, images string) {
 // TestImageStore: podman runs an image that it never pulled, sees what plain podman
 // sees, and builds on it, pushes and saves it as if it were its own.
 func TestImageStore(t *testing.T) {
-	forEach(t, func(t *testing.T, rel release) {
+	withEach(t, func(t *testing.T, rel release) {
 		if !rel.takesImages(t) {
 			t.Skip("podman before 5.4 wants to write to additional image stores")
 		}
@@ -180,7 +188,7 @@ func pushedLayers(t *testing.T, dir string) (digests []string) {
 // podman, for a mount as containerd's snapshotter and a booted system have it, and for
 // both at a time.
 func TestOnce(t *testing.T) {
-	forEach(t, func(t *testing.T, rel release) {
+	withEach(t, func(t *testing.T, rel release) {
 		if !rel.takesImages(t) {
 			t.Skip("podman before 5.4 wants to write to additional image stores")
 		}

@@ -79,7 +79,7 @@ func (w *worker) build(args ...string) (b built, log string) {
 // TestCI: what one worker of a CI has built no other builds again. The steps draw
 // numbers at random: one that ran again would give another layer.
 func TestCI(t *testing.T) {
-	forEach(t, func(t *testing.T, rel release) {
+	withEach(t, func(t *testing.T, rel release) {
 		var c traffic
 		s := serveOn(t, c.options())
 		put(t, imageOf(t, baseLayer(t)), s+"/base:1")
@@ -135,7 +135,7 @@ func serveOn(t testing.TB, o registry.ServeOptions) string {
 // out of layers, honour the ignore file, and what lands in the store is what podman
 // has.
 func TestBuild(t *testing.T) {
-	forEach(t, func(t *testing.T, rel release) {
+	withEach(t, func(t *testing.T, rel release) {
 		addr := serveOn(t, registry.ServeOptions{})
 		put(t, imageOf(t, baseLayer(t)), addr+"/base:1")
 		dir := sharedDir(t)
@@ -244,7 +244,7 @@ func (e *engine) serveAPI() string {
 // TestImport: an image comes from podman's files as it would come through an archive,
 // without a second copy where files can be linked.
 func TestImport(t *testing.T) {
-	forEach(t, func(t *testing.T, rel release) {
+	withEach(t, func(t *testing.T, rel release) {
 		addr := serveOn(t, registry.ServeOptions{})
 		put(t, threeLayers(t), addr+"/three:1")
 		w := newWorker(t, rel)

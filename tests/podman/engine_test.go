@@ -46,6 +46,8 @@ func releases(t *testing.T) []release {
 		if r.chroot != "" {
 			cmd = exec.Command("chroot", r.chroot, "podman", "--version")
 		}
+		// The settings that $CONTAINERS_* names are this machine's.
+		cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 		var major, minor int
 		version := run(t, cmd)
 		if _, err := fmt.Sscanf(version, "podman version %d.%d", &major, &minor); err != nil {
