@@ -145,6 +145,7 @@ type engine struct {
 	rel   release
 	conf  string // storage.conf
 	graph string
+	path  string // a directory that comes first in $PATH; "" for none
 }
 
 // newEngine makes an empty storage, which looks for layers in the directory layers
@@ -199,6 +200,9 @@ func (e *engine) command(args ...string) *exec.Cmd {
 		"CONTAINERS_CONF=" + filepath.Join(e.dir, "containers.conf"),
 		"CONTAINERS_REGISTRIES_CONF=" + filepath.Join(e.dir, "registries.conf"),
 		"REGISTRY_AUTH_FILE=" + filepath.Join(e.dir, "auth.json"),
+	}
+	if e.path != "" {
+		cmd.Env = append(cmd.Env, "PATH="+e.path+":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 	}
 	return cmd
 }
