@@ -111,7 +111,26 @@ func renameFile(from, to string) error {
 	if err := os.Rename(from, to); err != nil {
 		return err
 	}
+	// The file before the directory: on FAT a new name leads to an empty file until the
+	// file's inode is written (Linux fs/fat/namei_vfat.c, vfat_rename), which making the
+	// directory durable does not do.
+	if err := syncFile(to); err != nil {
+		return err
+	}
 	return syncDir(filepath.Dir(to))
+}
+
+// syncFile makes a file durable that somebody has written.
+func syncFile(name string) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("making %q durable: %w", name, err)
+	}
+	return nil
 }
 
 func removeFile(name string) error {
