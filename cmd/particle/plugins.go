@@ -100,8 +100,8 @@ func newPluginsCommand(t *term) *cli.Command {
 		Name:  "plugins",
 		Usage: "make other programs use the store",
 		Description: "BRIDGE is the name of a program; without it, all that are installed are meant.\n" +
-			"Files of the program's own are never changed: what it should know goes into a\n" +
-			"file beside them, which disable removes.",
+			"What a program should know goes into a file beside its own. Only podman up to 5 has no\n" +
+			"such files: there it goes between marks into storage.conf. disable takes it out again.",
 		Subcommands: []*cli.Command{
 			change("enable", "write what a program needs to know", bridge.enable),
 			change("disable", "remove what enable wrote", bridge.disable),
