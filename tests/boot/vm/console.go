@@ -45,15 +45,12 @@ func (c *Console) read(r io.Reader, file *os.File) {
 	}
 }
 
-// restarting is the last that a kernel says, in an orderly restart and after a panic.
-var restarting = regexp.MustCompile(`(reboot: machine restart|Rebooting in \d+ seconds?\.\.)\s*$`)
-
 // stuck reports whether nothing has come in for some time since the kernel has said
 // that it restarts the machine. It says so once.
 func (c *Console) stuck(silence time.Duration) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.buf) == 0 || time.Since(c.last) < silence || !restarting.Match(c.buf[max(0, len(c.buf)-200):]) {
+	if len(c.buf) == 0 || time.Since(c.last) < silence || !bytes.HasSuffix(bytes.TrimSpace(c.buf), []byte("reboot: machine restart")) {
 		return false
 	}
 	c.last = time.Now()
