@@ -21,7 +21,6 @@ type Console struct {
 	pos     int // where the next Wait starts
 	changed chan struct{}
 	ended   bool
-	last    time.Time // when something came in
 }
 
 func newConsole() *Console { return &Console{changed: make(chan struct{})} }
@@ -34,7 +33,7 @@ func (c *Console) read(r io.Reader, file *os.File) {
 		// The log is for people; a full disk must not stop the machine.
 		_, _ = file.Write(b[:n])
 		c.mu.Lock()
-		c.buf, c.last = append(c.buf, b[:n]...), time.Now()
+		c.buf = append(c.buf, b[:n]...)
 		c.ended = err != nil
 		close(c.changed)
 		c.changed = make(chan struct{})
@@ -43,18 +42,6 @@ func (c *Console) read(r io.Reader, file *os.File) {
 			return
 		}
 	}
-}
-
-// stuck reports whether nothing has come in for some time since the kernel has said
-// that it restarts the machine. It says so once.
-func (c *Console) stuck(silence time.Duration) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if len(c.buf) == 0 || time.Since(c.last) < silence || !bytes.HasSuffix(bytes.TrimSpace(c.buf), []byte("reboot: machine restart")) {
-		return false
-	}
-	c.last = time.Now()
-	return true
 }
 
 // Type sends text to the machine as if typed at its console. "\r" is the Enter key.

@@ -147,28 +147,7 @@ func (v *VM) connect(ctx context.Context) error {
 		return err
 	}
 	v.shell = newShell(port)
-	go v.watch()
 	return v.Monitor(ctx, "cont", nil)
-}
-
-// watch presses the reset button where the firmware does not come up after a restart: with
-// OVMF and QEMU 7.2 without hardware acceleration that happens once in some ten restarts
-// of a busy host. A system that hangs by itself is not helped: its kernel says more.
-func (v *VM) watch() {
-	tick := time.NewTicker(5 * time.Second)
-	defer tick.Stop()
-	for {
-		select {
-		case <-v.done:
-			return
-		case <-tick.C:
-		}
-		if v.Console.stuck(90 * time.Second) {
-			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-			_ = v.Reset(ctx) // whoever waits for the console will tell
-			cancel()
-		}
-	}
 }
 
 // dial connects to a socket that QEMU may not have made yet.
