@@ -61,7 +61,7 @@ type Config struct {
 	// For Direct only.
 	Kernel, Initrd, Append string
 	Memory                 int // MiB; 0 is 1024
-	CPUs                   int // 0 is 1: with more, a reset under UEFI may hang (QEMU 7.2, TCG)
+	CPUs                   int // 0 is 2
 	// Unsafe lets QEMU ignore flushes: faster, and nothing is lost unless the host
 	// itself goes down. It goes not with WriteLog.
 	Unsafe bool
@@ -177,7 +177,7 @@ func (c *Config) args() ([]string, error) {
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-S",
 		"-accel", "tcg,thread=multi", "-cpu", "max",
-		"-smp", def(c.CPUs, 1), "-m", def(c.Memory, 1024),
+		"-smp", def(c.CPUs, 2), "-m", def(c.Memory, 1024),
 		"-qmp", "unix:" + filepath.Join(c.Dir, "qmp") + ",server=on,wait=off",
 		"-chardev", "socket,id=console,server=on,wait=off,path=" + filepath.Join(c.Dir, "console"),
 		"-serial", "chardev:console",
