@@ -377,10 +377,11 @@ func (s *setup) movePhysical() error {
 	return nil
 }
 
-// checkInit looks whether the image has an init that can be read: an initramfs that
-// finds none offers a shell, and the kernel panics.
+// checkInit looks whether the image has an init that can be read: the kernel panics without
+// one. /bin/sh does not count, which the kernel and initramfs-tools try last: a shell on the
+// console asks nobody for a password, and would keep the machine from falling back.
 func (s *setup) checkInit() error {
-	names := []string{"sbin/init", "etc/init", "bin/init", "bin/sh"}
+	names := []string{"sbin/init", "etc/init", "bin/init"}
 	if s.args.Init != "" {
 		names = []string{s.args.Init}
 		// What the state has is the state's.

@@ -274,6 +274,7 @@ func TestRefused(t *testing.T) {
 		"no etc":           {system: system{"etc": "", "etc/image": ""}, want: ErrSystem, text: "/etc"},
 		"var links away":   {system: system{"var": "", "var2/": "x", "usr/var/": "x"}, want: ErrSystem, text: "/var"},
 		"no init":          {system: system{"usr/sbin/init": ""}, want: ErrSystem, text: "no init"},
+		"a shell only":     {system: system{"usr/sbin/init": "", "bin/sh": "*#!/bin/true"}, want: ErrSystem, text: "no init"},
 		"init is no file":  {system: system{"usr/sbin/init": "", "usr/sbin/init/": "x"}, want: ErrSystem, text: "no init"},
 		"other init":       {args: func(d fsverity.Digest) string { return insecure(d) + " init=/usr/bin/other" }, want: ErrSystem, text: "/usr/bin/other"},
 		"init not allowed": {system: system{"usr/sbin/init": "not executable"}, want: ErrSystem, text: "no init"},
