@@ -4,11 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"slices"
 	"time"
 
+	"github.com/particle-os/particle/converter"
 	"github.com/particle-os/particle/converter/erofs"
 	"github.com/particle-os/particle/converter/fsverity"
 	"github.com/particle-os/particle/converter/layer"
@@ -265,7 +265,7 @@ func (s *LayerStore) stored(ctx context.Context, txn *store.Txn, img *resolved, 
 			return nil, err
 		}
 	}
-	return readStored(ctx, s.o.Store, txn, id)
+	return converter.ReadLayer(ctx, s.o.Store, txn, id)
 }
 
 // makeImage makes the composefs image of a layer and gives both names that keep them.
@@ -306,21 +306,6 @@ func (s *LayerStore) makeImage(ctx context.Context, img *resolved, i int, alone 
 		return image, err
 	}
 	return image, txn.Commit()
-}
-
-// readStored reads the tree of a layer that the store has.
-func readStored(ctx context.Context, st *store.Store, txn *store.Txn, id string) (*tree.Tree, error) {
-	r, err := st.OpenStream(id, store.LayerStream)
-	if err != nil {
-		return nil, err
-	}
-	defer r.Close()
-	open := func(d fsverity.Digest) (io.ReadSeekCloser, error) { return txn.OpenObject(d) }
-	t, err := layer.FromChunks(ctx, r, open, txn, layer.Options{MaxSize: -1})
-	if err != nil {
-		return nil, fmt.Errorf("reading the stored layer %s (particle store fsck says more): %w", id, err)
-	}
-	return t, nil
 }
 
 // fetch brings a layer from the registry into the store, which keeps it under a name.

@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
 
+	"github.com/particle-os/particle/converter"
 	"github.com/particle-os/particle/converter/scan"
 	"github.com/particle-os/particle/converter/store"
 	"github.com/particle-os/particle/converter/tree"
@@ -141,7 +142,7 @@ func (s *Snapshotter) layerToCommit(ctx context.Context, a *active) (*tree.Tree,
 	if err != nil {
 		return nil, err
 	}
-	t, err := readStream(ctx, s.store, txn, stream)
+	t, err := converter.ReadLayer(ctx, s.store, txn, stream)
 	return t, errors.Join(err, txn.Rollback())
 }
 

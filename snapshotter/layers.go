@@ -17,7 +17,6 @@ import (
 	"github.com/particle-os/particle/converter"
 	"github.com/particle-os/particle/converter/erofs"
 	"github.com/particle-os/particle/converter/fsverity"
-	"github.com/particle-os/particle/converter/layer"
 	"github.com/particle-os/particle/converter/store"
 	"github.com/particle-os/particle/converter/tree"
 )
@@ -40,7 +39,7 @@ func (s *Snapshotter) ref(id, what string) string {
 func (s *Snapshotter) layerOf(ctx context.Context, txn *store.Txn, id string) (*tree.Tree, error) {
 	stream, err := s.store.StreamRef(s.ref(id, layerRef))
 	if err == nil {
-		return readStream(ctx, s.store, txn, stream)
+		return converter.ReadLayer(ctx, s.store, txn, stream)
 	}
 	if !errors.Is(err, store.ErrNotFound) {
 		return nil, err
@@ -57,21 +56,6 @@ func (s *Snapshotter) layerOf(ctx context.Context, txn *store.Txn, id string) (*
 	t, err := erofs.Read(f, fi.Size())
 	if err != nil {
 		return nil, fmt.Errorf("reading the layer of snapshot %s: %w", id, err)
-	}
-	return t, nil
-}
-
-// readStream reads the tree of a layer's split stream.
-func readStream(ctx context.Context, st *store.Store, txn *store.Txn, id string) (*tree.Tree, error) {
-	r, err := st.OpenStream(id, store.LayerStream)
-	if err != nil {
-		return nil, err
-	}
-	defer r.Close()
-	open := func(d fsverity.Digest) (io.ReadSeekCloser, error) { return txn.OpenObject(d) }
-	t, err := layer.FromChunks(ctx, r, open, txn, layer.Options{MaxSize: -1})
-	if err != nil {
-		return nil, fmt.Errorf("reading the stored layer %s (particle store fsck says more): %w", id, err)
 	}
 	return t, nil
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 
+	"github.com/particle-os/particle/converter"
 	"github.com/particle-os/particle/converter/layer"
 	"github.com/particle-os/particle/converter/store"
 	"github.com/particle-os/particle/converter/tree"
@@ -164,7 +165,7 @@ func (s *Snapshotter) obtain(ctx context.Context, id string, r *request) (_ *tre
 		}
 		if diffID != "" {
 			// Read whole before the client is told that it need not fetch it.
-			if t, err = readStream(ctx, s.store, txn, store.LayerPrefix+diffID.String()); err != nil {
+			if t, err = converter.ReadLayer(ctx, s.store, txn, store.LayerPrefix+diffID.String()); err != nil {
 				return nil, "", err
 			}
 			s.counters.found.Add(1)
