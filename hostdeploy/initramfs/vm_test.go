@@ -234,6 +234,7 @@ try() {
 [ ! -e /before.sh ] || . /before.sh
 /usr/lib/particle/particle-init-root /root
 status=$?
+echo 1 >/proc/sys/kernel/printk
 echo "VM-STATUS $status"
 cat /run/particle/boot.json
 [ $status = 0 ] || poweroff -f
@@ -248,6 +249,8 @@ export PATH=/usr/bin
 b=busybox
 $b mount -t proc proc /proc
 $b mount -t devtmpfs dev /dev
+# The kernel tells of bad files in the middle of our lines.
+echo 1 >/proc/sys/kernel/printk
 echo "VM-SYSTEM started"
 $b cat /etc/state /var/shared | $b sed 's/^/VM-STATE /'
 $b grep -q ' / overlay ' /proc/mounts && $b sed -n 's/^[^ ]* \/ overlay/VM-ROOT overlay/p' /proc/mounts
