@@ -64,6 +64,21 @@ func base(h *hostdeploy.Host, all []*hostdeploy.Deployment) (*hostdeploy.Deploym
 	return nil, fmt.Errorf("%w: the host has no deployment with a boot entry", hostdeploy.ErrNoDeployment)
 }
 
+// succeed runs f, which makes a new deployment, on the locked host. from is what the new one
+// is based on.
+func succeed(t *term, c *cli.Context, f func(h *hostdeploy.Host, all []*hostdeploy.Deployment, from *hostdeploy.Deployment) error) error {
+	h, all, unlock, err := change(t, c)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	from, err := base(h, all)
+	if err != nil {
+		return err
+	}
+	return f(h, all, from)
+}
+
 // look opens the host without keeping its lock: what it finds may change. It fails where
 // another run is at work, before anything is fetched for nothing.
 func look(t *term, c *cli.Context) (*hostdeploy.Host, []*hostdeploy.Deployment, error) {
@@ -87,17 +102,10 @@ func runSwitch(t *term, c *cli.Context, image string) error {
 	if err != nil {
 		return err
 	}
-	h, all, unlock, err := change(t, c)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	from, err := base(h, all)
-	if err != nil {
-		return err
-	}
-	req := hostdeploy.Request{Manifest: manifest, Reference: reference, Base: from.ID}
-	return deploy(t, c, h, req, p, nil)
+	return succeed(t, c, func(h *hostdeploy.Host, _ []*hostdeploy.Deployment, from *hostdeploy.Deployment) error {
+		req := hostdeploy.Request{Manifest: manifest, Reference: reference, Base: from.ID}
+		return deploy(t, c, h, req, p, nil)
+	})
 }
 
 func newUpgradeCommand(t *term) *cli.Command {
@@ -137,34 +145,27 @@ func runUpgrade(t *term, c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	h, all, unlock, err := change(t, c)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	from, err := base(h, all)
-	if err != nil {
-		return err
-	}
-	noUpdate, err := noUpdateReason(c, h, all, from, reference)
-	if err != nil {
-		return err
-	}
-	req := hostdeploy.Request{Base: from.ID}
-	if all[0].Staged {
-		if req, err = h.StagedRequest(); err != nil {
+	return succeed(t, c, func(h *hostdeploy.Host, all []*hostdeploy.Deployment, from *hostdeploy.Deployment) error {
+		noUpdate, err := noUpdateReason(c, h, all, from, reference)
+		if err != nil {
 			return err
 		}
-	}
-	req.Manifest, req.Reference = manifest, reference
-	return deploy(t, c, h, req, p, func(plan *hostdeploy.Plan) string {
-		if plan.Same(all[0]) {
-			if all[0].Staged && c.Bool("now") || !all[0].Booted && c.Bool("soft-reboot") {
-				return "" // it is to be more than it is
+		req := hostdeploy.Request{Base: from.ID}
+		if all[0].Staged {
+			if req, err = h.StagedRequest(); err != nil {
+				return err
 			}
-			return "no update: " + reference + " is what boots next"
 		}
-		return noUpdate(plan.Manifest)
+		req.Manifest, req.Reference = manifest, reference
+		return deploy(t, c, h, req, p, func(plan *hostdeploy.Plan) string {
+			if plan.Same(all[0]) {
+				if all[0].Staged && c.Bool("now") || !all[0].Booted && c.Bool("soft-reboot") {
+					return "" // it is to be more than it is
+				}
+				return "no update: " + reference + " is what boots next"
+			}
+			return noUpdate(plan.Manifest)
+		})
 	})
 }
 
@@ -329,24 +330,18 @@ func runKargs(t *term, c *cli.Context) error {
 		printKargs(t, "", &d.KArgs)
 		return nil
 	}
-	h, all, unlock, err := change(t, c)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	from, err := base(h, all)
-	if err != nil {
-		return err
-	}
-	req := hostdeploy.Request{Manifest: from.Manifest, Reference: from.Reference, Base: from.ID}
-	if all[0].Staged {
-		// What is staged is staged again, with its changes and this one.
-		if req, err = h.StagedRequest(); err != nil {
-			return err
+	return succeed(t, c, func(h *hostdeploy.Host, all []*hostdeploy.Deployment, from *hostdeploy.Deployment) error {
+		req := hostdeploy.Request{Manifest: from.Manifest, Reference: from.Reference, Base: from.ID}
+		if all[0].Staged {
+			// What is staged is staged again, with its changes and this one.
+			var err error
+			if req, err = h.StagedRequest(); err != nil {
+				return err
+			}
 		}
-	}
-	req.Edits = append(req.Edits, edit)
-	return deploy(t, c, h, req, &phases{t: t}, nil)
+		req.Edits = append(req.Edits, edit)
+		return deploy(t, c, h, req, &phases{t: t}, nil)
+	})
 }
 
 func printKargs(t *term, indent string, k *hostdeploy.KArgs) {
@@ -371,17 +366,10 @@ func newResetCommand(t *term) *cli.Command {
 			if c.NArg() > 0 {
 				return usagef("reset takes no arguments, got %q", c.Args().First())
 			}
-			h, all, unlock, err := change(t, c)
-			if err != nil {
-				return err
-			}
-			defer unlock()
-			from, err := base(h, all)
-			if err != nil {
-				return err
-			}
-			req := hostdeploy.Request{Manifest: from.Manifest, Reference: from.Reference, Base: from.ID, FreshEtc: true, FreshVar: true, NoUserArgs: true}
-			return deploy(t, c, h, req, &phases{t: t}, nil)
+			return succeed(t, c, func(h *hostdeploy.Host, _ []*hostdeploy.Deployment, from *hostdeploy.Deployment) error {
+				req := hostdeploy.Request{Manifest: from.Manifest, Reference: from.Reference, Base: from.ID, FreshEtc: true, FreshVar: true, NoUserArgs: true}
+				return deploy(t, c, h, req, &phases{t: t}, nil)
+			})
 		},
 	}
 }
