@@ -13,83 +13,93 @@ import (
 // "A broken image (kernel panics; init missing; unit fails) is left by itself after its
 // tries."
 func TestFallback(t *testing.T) {
-	for _, c := range []struct {
-		target string
-		sign   *regexp.Regexp // of the failure, on the console
-	}{
-		{"panics", kernelPanic},
-		{"no-init", regexp.MustCompile(`(?i)no init found|run-init:|/sbin/init.*No such file|switch_root`)},
-		{"unit-fails", regexp.MustCompile(`did not reach boot-complete.target|A health check that fails`)},
-	} {
-		for _, l := range loaders {
-			t.Run(c.target+"-"+l.name, func(t *testing.T) {
-				// The essential ones: one way to fail with each loader, each with one loader.
-				if c.target == "panics" || l == oneLoader(t) {
-					need(t, essential)
-				} else {
-					need(t, all)
-				}
-				m := boot(t, l)
-				before := m.status()
-				old := before.booted(t).ID
-				m.sh("echo mine >/etc/particle-own")
-				d := m.stage(l, c.target)
-				m.t.Logf("the loader falls back: %s", before.Fallback)
-				m.Console.Mark()
-				m.sh("systemctl --no-block reboot")
-				// Each try starts a kernel; the last one is that of the old system.
-				tries := 0
-				m.expect(kernelStart)
-				for {
-					which := m.expect(c.sign, kernelStart, loginPrompt)
-					if which == 0 {
-						continue
+	for _, l := range loaders {
+		t.Run(l.name, func(t *testing.T) {
+			t.Parallel()
+			for _, b := range broken {
+				t.Run(b.target, func(t *testing.T) {
+					// The essential ones: one way to fail with each loader, each with one loader.
+					if b.target == "panics" || l == oneLoader(t) {
+						need(t, essential)
+					} else {
+						need(t, all)
 					}
-					if which == 1 {
-						tries++
-						if tries > 3 {
-							t.Fatal("the broken system was started more than 3 times")
-						}
-						continue
-					}
-					// A system whose check fails shows its prompt, too, and restarts then.
-					if c.target == "unit-fails" && m.version() != "1" {
-						continue
-					}
-					break
-				}
-				if !c.sign.MatchString(m.Console.Text()) {
-					t.Errorf("the console does not show %q", c.sign)
-				}
-				if want := l.tries; tries != want {
-					t.Errorf("the broken system was tried %d times, want %d", tries, want)
-				}
-				t.Logf("tried %d times", tries)
-				m.equal("cat /usr/share/particle-test/version", "1")
-				m.equal("cat /etc/particle-own", "mine")
-				m.good()
-				s := m.status()
-				if b := s.booted(t); b.ID != old {
-					t.Errorf("deployment %s runs, want %s", b.ID, old)
-				}
-				if !slices.ContainsFunc(s.Failures, func(f failure) bool { return f.ID == d.ID }) {
-					t.Errorf("status does not tell that %s failed: %+v", d.ID, s.Failures)
-				}
-				m.registry()
-				if again := m.deployed("particle hostdeploy upgrade --json"); !again.Same {
-					t.Errorf("what failed is deployed again: %+v", again)
-				}
-				// And it stays left.
-				m.reboot()
-				m.equal("cat /usr/share/particle-test/version", "1")
-				m.clean()
-				// The way forward is open.
-				m.upgrade(l, "next")
-				m.equal("cat /usr/share/particle-test/version", "2")
-				m.good()
-			})
-		}
+					testFallback(t, l, b)
+				})
+			}
+		})
 	}
+}
+
+// A failing is a way in which an image does not come up.
+type failing struct {
+	target string
+	sign   *regexp.Regexp // of the failure, on the console
+}
+
+var broken = []failing{
+	{"panics", kernelPanic},
+	{"no-init", regexp.MustCompile(`the system cannot be booted: .*it has no init`)},
+	{"unit-fails", regexp.MustCompile(`did not reach boot-complete.target|A health check that fails`)},
+}
+
+// testFallback reads from the console which of the two images each boot starts.
+func testFallback(t *testing.T, l loader, b failing) {
+	m := boot(t, l)
+	before := m.status()
+	old := before.booted(t).ID
+	m.sh("echo mine >/etc/particle-own")
+	d := m.stage(l, b.target)
+	m.t.Logf("the loader falls back: %s", before.Fallback)
+	m.sh("systemctl --no-block reboot")
+	tries, failed := 0, false
+	for image := ""; ; {
+		which, groups := m.expectThrough(bootedImage, b.sign, loginPrompt)
+		if which == 0 {
+			if image = groups[1]; image == d.hex() {
+				tries++
+			}
+			if tries > l.tries {
+				t.Fatalf("the broken system is started for the %d. time", tries)
+			}
+		} else if image == "" {
+			continue // of the system that shuts down
+		} else if which == 1 {
+			failed = true
+		} else if image != d.hex() {
+			break
+		}
+		// Else one whose check fails: it shows its prompt, too, and restarts then.
+	}
+	if !failed {
+		t.Errorf("the console does not show %q", b.sign)
+	}
+	if tries != l.tries {
+		t.Errorf("the broken system was tried %d times, want %d", tries, l.tries)
+	}
+	m.shell()
+	m.equal("cat /usr/share/particle-test/version", "1")
+	m.equal("cat /etc/particle-own", "mine")
+	m.good()
+	s := m.status()
+	if b := s.booted(t); b.ID != old {
+		t.Errorf("deployment %s runs, want %s", b.ID, old)
+	}
+	if !slices.ContainsFunc(s.Failures, func(f failure) bool { return f.ID == d.ID }) {
+		t.Errorf("status does not tell that %s failed: %+v", d.ID, s.Failures)
+	}
+	m.registry()
+	if again := m.deployed("particle hostdeploy upgrade --json"); !again.Same {
+		t.Errorf("what failed is deployed again: %+v", again)
+	}
+	// And it stays left.
+	m.reboot()
+	m.equal("cat /usr/share/particle-test/version", "1")
+	m.clean()
+	// The way forward is open.
+	m.upgrade(l, "next")
+	m.equal("cat /usr/share/particle-test/version", "2")
+	m.good()
 }
 
 // "Refused with one clear error each, nothing changed: an image without kernel, initrd or

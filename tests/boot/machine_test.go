@@ -3,6 +3,7 @@ package boot
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -25,6 +26,8 @@ var (
 	kernelPanic = regexp.MustCompile(`Kernel panic - not syncing`)
 	kernelStart = regexp.MustCompile(`Linux version [0-9]`)
 	cannotBoot  = regexp.MustCompile(`the system cannot be booted: .*`)
+	// bootedImage has the digits of the image that the kernel was started with.
+	bootedImage = regexp.MustCompile(`Command line: .*composefs\.digest=[^ ]*:([0-9a-f]{64})`)
 )
 
 // A loader is a way of starting a machine: firmware and boot loader.
@@ -72,9 +75,15 @@ func start(t testing.TB, l loader, disk vm.Disk) *machine {
 	return startConfig(t, vm.Config{Firmware: l.firmware, Disks: []vm.Disk{disk}, Unsafe: disk.WriteLog == ""})
 }
 
+// startConfig starts a machine. When the guest resets it, it ends, and must be started
+// anew: OVMF does not always come back from a reset without hardware acceleration (QEMU 7.2),
+// whatever runs on it. Where writes are logged, that must do.
 func startConfig(t testing.TB, c vm.Config) *machine {
 	t.Helper()
 	c.Dir, c.Memory = dirFor(t), 1200
+	if c.Disks[0].WriteLog == "" {
+		c.Args = append(c.Args, "-no-reboot")
+	}
 	v, err := vm.Start(interrupted, c)
 	if err != nil {
 		t.Fatal(err)
@@ -111,12 +120,18 @@ func (m *machine) login() {
 	m.t.Helper()
 	began := time.Now()
 	m.expect(loginPrompt)
+	m.shell()
+	m.t.Logf("login prompt after %.1f s", time.Since(began).Seconds())
+}
+
+// shell waits until the guest's shell answers.
+func (m *machine) shell() {
+	m.t.Helper()
 	ctx, cancel := within(time.Minute)
 	defer cancel()
 	if _, err := m.Boot(ctx); err != nil {
 		m.t.Fatal(err)
 	}
-	m.t.Logf("login prompt after %.1f s", time.Since(began).Seconds())
 }
 
 // expect waits until the console shows one of the patterns and returns which.
@@ -139,6 +154,33 @@ func (m *machine) sh(format string, args ...any) string {
 		m.t.Fatalf("%s: status %d\n%s%s", command, r.Status, r.Stdout, r.Stderr)
 	}
 	return strings.TrimSuffix(r.Stdout, "\n")
+}
+
+// expectThrough is expect for a machine that restarts itself meanwhile. It also returns the
+// groups of the match.
+func (m *machine) expectThrough(exprs ...*regexp.Regexp) (int, []string) {
+	m.t.Helper()
+	for {
+		which, groups, err := m.Console.WaitWithin(interrupted, bootLimit, exprs...)
+		switch {
+		case err == nil:
+			return which, groups
+		case !errors.Is(err, vm.ErrEnded):
+			m.t.Fatal(err)
+		}
+		m.again()
+	}
+}
+
+// again starts a machine that has ended.
+func (m *machine) again() {
+	m.t.Helper()
+	m.Kill()
+	v, err := vm.Start(interrupted, m.config)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.VM = v
 }
 
 // try is sh for what may fail.
@@ -176,9 +218,7 @@ func (m *machine) equal(command, want string) {
 	}
 }
 
-// reboot restarts the guest in the orderly way and waits for the login prompt. The machine
-// is switched off and on: OVMF does not always come back from a reset without hardware
-// acceleration (QEMU 7.2), whatever runs on it. Where writes are logged, that must do.
+// reboot restarts the guest in the orderly way and waits for the login prompt.
 func (m *machine) reboot() {
 	m.t.Helper()
 	if m.config.Disks[0].WriteLog != "" {
@@ -189,11 +229,7 @@ func (m *machine) reboot() {
 		}
 	} else {
 		m.off()
-		v, err := vm.Start(interrupted, m.config)
-		if err != nil {
-			m.t.Fatal(err)
-		}
-		m.VM = v
+		m.again()
 	}
 	m.login()
 }

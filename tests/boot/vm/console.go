@@ -77,7 +77,7 @@ func (c *Console) Wait(ctx context.Context, exprs ...*regexp.Regexp) (int, []str
 		c.mu.Unlock()
 		var why error
 		if ended {
-			why = errEnded
+			why = ErrEnded
 		} else {
 			select {
 			case <-changed:

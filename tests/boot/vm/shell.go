@@ -71,7 +71,7 @@ func (s *shell) waitBoot(ctx context.Context, not string) (string, error) {
 		s.mu.Unlock()
 		switch {
 		case ended:
-			return "", errEnded
+			return "", ErrEnded
 		case boot != not:
 			return boot, nil
 		}

@@ -25,7 +25,8 @@ import (
 	"time"
 )
 
-var errEnded = errors.New("the virtual machine has ended")
+// ErrEnded: the machine has switched itself off, or was switched off.
+var ErrEnded = errors.New("the virtual machine has ended")
 
 // Qemu is the program that is run; in Debian it is in the package qemu-system-x86.
 const Qemu = "qemu-system-x86_64"
@@ -159,7 +160,7 @@ func (v *VM) dial(ctx context.Context, name string) (net.Conn, error) {
 		}
 		select {
 		case <-v.done:
-			return nil, errEnded
+			return nil, ErrEnded
 		case <-ctx.Done():
 			return nil, err
 		case <-time.After(20 * time.Millisecond):

@@ -247,10 +247,10 @@ func TestMachine(t *testing.T) {
 	if err := v.WaitEnd(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := v.Sh(ctx, "true"); !errors.Is(err, errEnded) {
+	if _, err := v.Sh(ctx, "true"); !errors.Is(err, ErrEnded) {
 		t.Errorf("a command for a machine that has ended: %v", err)
 	}
-	if _, _, err := v.Console.Wait(ctx, regexp.MustCompile("never printed")); !errors.Is(err, errEnded) {
+	if _, _, err := v.Console.Wait(ctx, regexp.MustCompile("never printed")); !errors.Is(err, ErrEnded) {
 		t.Errorf("waiting for a machine that has ended: %v", err)
 	}
 }
