@@ -213,7 +213,9 @@ func put(t testing.TB, img v1.Image, ref string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := remote.Write(r, img); err != nil {
+	ctx, cancel := context.WithTimeout(context.Background(), programTime)
+	defer cancel()
+	if err := remote.Write(r, img, remote.WithContext(ctx)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -225,7 +227,9 @@ func layerDigests(t testing.TB, ref string) (digests []string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	img, err := remote.Image(r)
+	ctx, cancel := context.WithTimeout(context.Background(), programTime)
+	defer cancel()
+	img, err := remote.Image(r, remote.WithContext(ctx))
 	if err != nil {
 		t.Fatal(err)
 	}

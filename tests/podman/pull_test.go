@@ -14,7 +14,7 @@ import (
 func forEach(t *testing.T, fn func(t *testing.T, rel release)) {
 	for _, rel := range releases(t) {
 		t.Run(rel.name, func(t *testing.T) {
-			if rel.forgets {
+			if rel.forgets() {
 				t.Skip("this podman forgets layers of layer stores; TestForgets has that")
 			}
 			fn(t, rel)
@@ -27,7 +27,7 @@ func forEach(t *testing.T, fn func(t *testing.T, rel release)) {
 func TestForgets(t *testing.T) {
 	for _, rel := range releases(t) {
 		t.Run(rel.name, func(t *testing.T) {
-			if !rel.forgets {
+			if !rel.forgets() {
 				t.Skip("this podman does not")
 			}
 			ref, _, _ := published(t, rel)
@@ -163,7 +163,7 @@ COPY Containerfile /tmp/
 		e.podman("push", "-q", "localhost/committed", other+"/committed:1")
 		// From 5.1 on podman copies the layers below what it commits: it knows them by
 		// their tables of contents, and by diffID in the new image.
-		if n, _ := e.layerBytes(); n > 100_000 && !rel.toc {
+		if n, _ := e.layerBytes(); n > 100_000 && !rel.toc() {
 			t.Errorf("podman keeps %d bytes of layers itself; the build and the commit are smaller than that", n)
 		}
 
