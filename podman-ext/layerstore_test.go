@@ -436,6 +436,16 @@ func TestFront(t *testing.T) {
 	if err := unix.Rmdir(dir); err != unix.ENOENT {
 		t.Errorf("a second rmdir gives %v, want ENOENT", err)
 	}
+	// One podman has looked for it, and another one released it before the first used it.
+	if _, err := os.Create(filepath.Join(dir, "use")); !errors.Is(err, syscall.ENOENT) {
+		t.Errorf("use gives %v, want ENOENT", err)
+	}
+	if l := e.List(); len(l) != 1 || l[0].Uses != 1 {
+		t.Errorf("after the use of a layer that was released the tree has %+v", l)
+	}
+	if err := unix.Rmdir(dir); err != unix.ENOENT {
+		t.Errorf("rmdir gives %v, want ENOENT", err)
+	}
 	for _, name := range []string{"x", encodeRef("noregistry"), encodeRef(testRef) + "/latest", encodeRef(testRef) + "/" + digestOf(nil) + "/diff"} {
 		if _, err := os.Stat(filepath.Join(e.o.Dir, name)); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s: %v", name, err)
