@@ -168,7 +168,12 @@ type engine struct {
 // unless that is "".
 func newEngine(t testing.TB, rel release, layers string) *engine {
 	t.Helper()
-	dir := sharedDir(t)
+	return newEngineIn(t, rel, layers, sharedDir(t))
+}
+
+// newEngineIn makes an engine with all of its files below a directory.
+func newEngineIn(t testing.TB, rel release, layers, dir string) *engine {
+	t.Helper()
 	e := &engine{t: t, dir: dir, rel: rel, conf: filepath.Join(dir, "storage.conf"), graph: filepath.Join(dir, "graph")}
 	text := fmt.Sprintf("[storage]\ndriver = \"overlay\"\ngraphroot = %q\nrunroot = %q\n", e.graph, filepath.Join(dir, "run"))
 	if layers != "" {
