@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"syscall"
@@ -41,7 +42,11 @@ func (s *LayerStore) Serve() (*Front, error) {
 		EntryTimeout: &zero, AttrTimeout: &zero, NegativeTimeout: &zero,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("mounting the front of the layer store on %s: %w", s.o.Dir, err)
+		hint := ""
+		if _, serr := os.Stat("/dev/fuse"); serr != nil {
+			hint = "\nload the kernel's module fuse; particle layer-store tree does without"
+		}
+		return nil, fmt.Errorf("mounting the front of the layer store on %s: %w%s", s.o.Dir, err, hint)
 	}
 	return &Front{s.o.Dir, server}, nil
 }
@@ -167,8 +172,8 @@ func (n *imageNode) Rmdir(_ context.Context, name string) syscall.Errno {
 	return counted(n.s, Key{n.ref, name}, n.s.Release)
 }
 
-// counted answers podman's two ways of counting. That a layer is not in the tree is no
-// failure: it was dropped and nobody asked for it since.
+// counted answers podman's two ways of counting. That there is no such layer is no
+// failure: it was dropped, and cannot be had any more or nobody asked for it.
 func counted(s *LayerStore, key Key, count func(Key) error) syscall.Errno {
 	if err := count(key); err != nil && !errors.Is(err, ErrNoLayer) {
 		s.log.Error("counting", "image", key.Ref, "layer", key.Digest, "error", err)
@@ -232,11 +237,24 @@ func errnoOf(err error) syscall.Errno {
 }
 
 // Create of the file "use" is podman's word that it uses the layer. ENOENT means yes.
-func (n *layerNode) Create(_ context.Context, name string, _, _ uint32, _ *fuse.EntryOut) (*fs.Inode, fs.FileHandle, uint32, syscall.Errno) {
+//
+// The layer was there when this podman looked for it, but the last of its other users
+// may have released it since. It is brought again: a container whose layer is not
+// counted would lose its files to the next collection of garbage.
+func (n *layerNode) Create(ctx context.Context, name string, _, _ uint32, _ *fuse.EntryOut) (*fs.Inode, fs.FileHandle, uint32, syscall.Errno) {
 	if name != useName {
 		return nil, nil, 0, syscall.EPERM
 	}
-	return nil, nil, 0, counted(n.s, n.key, n.s.Use)
+	return nil, nil, 0, counted(n.s, n.key, func(key Key) error {
+		err := n.s.Use(key)
+		if !errors.Is(err, ErrNoLayer) {
+			return err
+		}
+		if _, err := n.s.Provide(ctx, key); err != nil {
+			return err
+		}
+		return n.s.Use(key)
+	})
 }
 
 // A linkNode leads to the mount of a layer.

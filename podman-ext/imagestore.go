@@ -186,7 +186,7 @@ func (s *ImageStore) Add(ctx context.Context, st *store.Store, img *converter.St
 	if err != nil {
 		return nil, err
 	}
-	if err := s.writeTable(layersTable, append(layers, added...)); err != nil {
+	if err := s.writeTable(ctx, layersTable, append(layers, added...)); err != nil {
 		return nil, err
 	}
 	record, err := s.writeImage(img)
@@ -206,7 +206,7 @@ func (s *ImageStore) Add(ctx context.Context, st *store.Store, img *converter.St
 		images[i].Names = slices.DeleteFunc(images[i].Names, func(n string) bool { return n == name })
 	}
 	images = slices.DeleteFunc(images, func(r imageRecord) bool { return r.ID == record.ID })
-	if err := s.writeTable(imagesTable, append(images, *record)); err != nil {
+	if err := s.writeTable(ctx, imagesTable, append(images, *record)); err != nil {
 		return nil, err
 	}
 	return &ImageStoreResult{ID: record.ID, Names: record.Names, NewLayers: len(added), Bytes: b.bytes}, nil
@@ -287,7 +287,7 @@ func (s *ImageStore) Remove(ctx context.Context, name string) error {
 		return fmt.Errorf("%w: %q in %s", ErrNotInImageStore, name, s.dir)
 	}
 	images = slices.DeleteFunc(images, func(r imageRecord) bool { return slices.Contains(gone, r.ID) })
-	if err := s.writeTable(imagesTable, images); err != nil {
+	if err := s.writeTable(ctx, imagesTable, images); err != nil {
 		return err
 	}
 	for _, id := range gone {
@@ -295,7 +295,7 @@ func (s *ImageStore) Remove(ctx context.Context, name string) error {
 			return err
 		}
 	}
-	return s.sweep(images)
+	return s.sweep(ctx, images)
 }
 
 func (s *ImageStore) images() ([]imageRecord, error) { return readImages(s.path(imagesTable)) }
@@ -319,19 +319,28 @@ func (s *ImageStore) lock(ctx context.Context) (func(), error) {
 	if err != nil {
 		return nil, err
 	}
+	err = poll(ctx, func() error { return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) })
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("locking the image store %q: %w", s.dir, err)
+	}
+	return func() { f.Close() }, nil
+}
+
+// poll asks for a lock until it is had, as long as ctx allows: who sleeps in the kernel
+// for it cannot be interrupted.
+func poll(ctx context.Context, try func() error) error {
 	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if err != unix.EWOULDBLOCK && err != unix.EINTR {
-			f.Close()
-			return nil, fmt.Errorf("locking the image store %q: %w", s.dir, err)
+		switch err := try(); err {
+		case nil:
+			return nil
+		case unix.EAGAIN, unix.EACCES, unix.EINTR: // EACCES is what fcntl(2) may say
+		default:
+			return err
 		}
 		select {
 		case <-ctx.Done():
-			f.Close()
-			return nil, context.Cause(ctx)
+			return context.Cause(ctx)
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
@@ -340,7 +349,7 @@ func (s *ImageStore) lock(ctx context.Context) (func(), error) {
 // writeTable replaces one of podman's tables under podman's lock, and leaves a mark in
 // the lock by which a running podman knows that it has to read the table again
 // (pkg/lockfile of go.podman.io/storage: any other content of the file).
-func (s *ImageStore) writeTable(table string, records any) error {
+func (s *ImageStore) writeTable(ctx context.Context, table string, records any) error {
 	raw, err := json.Marshal(records)
 	if err != nil {
 		return err
@@ -352,14 +361,8 @@ func (s *ImageStore) writeTable(table string, records any) error {
 	defer f.Close()
 	// Podman locks with fcntl(2); locks of the open file conflict with those, too.
 	lk := unix.Flock_t{Type: unix.F_WRLCK, Whence: 0}
-	for {
-		err = unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLKW, &lk)
-		if err != unix.EINTR {
-			break
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("locking %s: %w", f.Name(), err)
+	if err := poll(ctx, func() error { return unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &lk) }); err != nil {
+		return fmt.Errorf("locking %s, which a podman may have: %w", f.Name(), err)
 	}
 	if err := replaceFile(s.path(table), raw, 0o600); err != nil {
 		return err

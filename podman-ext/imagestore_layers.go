@@ -365,7 +365,7 @@ func (l *linker) link(object string) error {
 }
 
 // sweep removes the layers that no image needs and the objects that no layer needs.
-func (s *ImageStore) sweep(images []imageRecord) error {
+func (s *ImageStore) sweep(ctx context.Context, images []imageRecord) error {
 	layers, err := s.layers()
 	if err != nil {
 		return err
@@ -380,7 +380,7 @@ func (s *ImageStore) sweep(images []imageRecord) error {
 		}
 	}
 	kept := slices.DeleteFunc(slices.Clone(layers), func(l layerRecord) bool { return !used[l.ID] })
-	if err := s.writeTable(layersTable, kept); err != nil {
+	if err := s.writeTable(ctx, layersTable, kept); err != nil {
 		return err
 	}
 	for _, l := range layers {

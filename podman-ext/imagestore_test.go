@@ -275,7 +275,7 @@ func TestImageStoreKilled(t *testing.T) {
 	want := listing(t, s.dir)
 	// As before the first record: all files are there, some cut short.
 	for _, table := range []string{layersTable, imagesTable} {
-		if err := s.writeTable(table, []int{}); err != nil {
+		if err := s.writeTable(t.Context(), table, []int{}); err != nil {
 			t.Fatal(err)
 		}
 	}

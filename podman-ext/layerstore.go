@@ -104,6 +104,10 @@ func OpenLayerStore(o LayerStoreOptions) (_ *LayerStore, err error) {
 	if err := os.MkdirAll(s.o.Mounts, 0o700); err != nil {
 		return nil, fmt.Errorf("making the directory of mounts: %w", err)
 	}
+	// As mountinfo has it: mounts of an earlier process are known by it.
+	if s.o.Mounts, err = filepath.EvalSymlinks(s.o.Mounts); err != nil {
+		return nil, fmt.Errorf("resolving the directory of mounts: %w", err)
+	}
 	if s.lock, err = lockMounts(s.o.Mounts); err != nil {
 		return nil, err
 	}

@@ -109,7 +109,8 @@ func (s *LayerStore) readEntries() error {
 		}
 		layers, err := fs.ReadDir(s.root.FS(), r.Name())
 		if err != nil {
-			return err
+			s.log.Warn("not an image in the layer store", "image", ref, "error", err)
+			continue
 		}
 		for _, l := range layers {
 			key := Key{ref, l.Name()}

@@ -17,28 +17,43 @@ const (
 	forgetsMinor = 5
 )
 
+// Older releases that take layers of a layer store can wait for each other for ever: to
+// take a layer over, c/storage before 1.45 asks for the lock of the storage while it has
+// that of the layers (store.go, PutAs), and whoever reads the storage anew has the one
+// and asks for the other (LayerStore).
+const (
+	sharesMajor = 4
+	sharesMinor = 4
+)
+
 // CheckPodman returns ErrForgets if the podman of this machine would lose what it gets
-// from a layer store, and nil where there is none.
-func CheckPodman(ctx context.Context) error {
+// from a layer store, and a warning if it is to be used with care. Where there is no
+// podman it returns neither.
+func CheckPodman(ctx context.Context) (warning string, err error) {
 	out, err := runPodman(ctx, "--version")
 	if errors.Is(err, ErrNoPodman) {
-		return nil
+		return "", nil
 	}
 	if err != nil {
-		return err
+		return "", err
 	}
 	return checkVersion(strings.TrimSpace(string(out)))
 }
 
 // checkVersion looks at what podman --version prints: "podman version 5.4.2".
-func checkVersion(version string) error {
+func checkVersion(version string) (warning string, err error) {
 	var major, minor int
 	if _, err := fmt.Sscanf(version, "podman version %d.%d", &major, &minor); err != nil {
-		return fmt.Errorf("podman --version prints %.100q, want \"podman version N.N\"", version)
+		return "", fmt.Errorf("podman --version prints %.100q, want \"podman version N.N\"", version)
 	}
-	if major > forgetsMajor || major == forgetsMajor && minor >= forgetsMinor {
-		return fmt.Errorf("%w: got %s, want one older than %d.%d\nparticle export NAME podman-store:DIR gives this podman whole images without a copy",
+	since := func(a, b int) bool { return major > a || major == a && minor >= b }
+	if since(forgetsMajor, forgetsMinor) {
+		return "", fmt.Errorf("%w: got %s, want one older than %d.%d\nparticle export NAME podman-store:DIR gives this podman whole images without a copy",
 			ErrForgets, version, forgetsMajor, forgetsMinor)
 	}
-	return nil
+	if !since(sharesMajor, sharesMinor) {
+		return fmt.Sprintf("%s is older than %d.%d: several that pull at once may wait for each other for ever; pull one image after the other, and end one of the podmans where they hang",
+			version, sharesMajor, sharesMinor), nil
+	}
+	return "", nil
 }

@@ -436,6 +436,16 @@ func TestFront(t *testing.T) {
 	if err := unix.Rmdir(dir); err != unix.ENOENT {
 		t.Errorf("a second rmdir gives %v, want ENOENT", err)
 	}
+	// One podman has looked for it, and another one released it before the first used it.
+	if _, err := os.Create(filepath.Join(dir, "use")); !errors.Is(err, syscall.ENOENT) {
+		t.Errorf("use gives %v, want ENOENT", err)
+	}
+	if l := e.List(); len(l) != 1 || l[0].Uses != 1 {
+		t.Errorf("after the use of a layer that was released the tree has %+v", l)
+	}
+	if err := unix.Rmdir(dir); err != unix.ENOENT {
+		t.Errorf("rmdir gives %v, want ENOENT", err)
+	}
 	for _, name := range []string{"x", encodeRef("noregistry"), encodeRef(testRef) + "/latest", encodeRef(testRef) + "/" + digestOf(nil) + "/diff"} {
 		if _, err := os.Stat(filepath.Join(e.o.Dir, name)); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s: %v", name, err)
@@ -460,15 +470,17 @@ func TestFront(t *testing.T) {
 }
 
 func TestVersions(t *testing.T) {
-	for version, forgets := range map[string]bool{
-		"podman version 4.3.1": false, "podman version 5.4.2": false, "podman version 5.5.0": true, "podman version 5.8.6": true,
-		"podman version 6.0.0-dev": true, "podman version 5.10.1": true,
+	for version, want := range map[string]struct{ warns, forgets bool }{
+		"podman version 3.4.4": {warns: true}, "podman version 4.3.1": {warns: true}, "podman version 4.4.0": {}, "podman version 5.4.2": {},
+		"podman version 5.5.0": {forgets: true}, "podman version 5.8.6": {forgets: true}, "podman version 6.0.0-dev": {forgets: true},
+		"podman version 5.10.1": {forgets: true},
 	} {
-		if err := checkVersion(version); errors.Is(err, ErrForgets) != forgets || !forgets && err != nil {
-			t.Errorf("%s: %v", version, err)
+		warning, err := checkVersion(version)
+		if errors.Is(err, ErrForgets) != want.forgets || !want.forgets && err != nil || (warning != "") != want.warns {
+			t.Errorf("%s: %q, %v", version, warning, err)
 		}
 	}
-	if err := checkVersion("buildah 1"); err == nil || errors.Is(err, ErrForgets) {
+	if _, err := checkVersion("buildah 1"); err == nil || errors.Is(err, ErrForgets) {
 		t.Errorf("of another program: %v", err)
 	}
 }

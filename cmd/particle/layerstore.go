@@ -88,12 +88,22 @@ func withoutTime(groups []string, a slog.Attr) slog.Attr {
 	return a
 }
 
+// checkPodman refuses a podman that layer stores do not work with, and warns of one that
+// needs care.
+func checkPodman(t *term, c *cli.Context) error {
+	warning, err := podmanext.CheckPodman(c.Context)
+	if warning != "" {
+		t.warnf("%s", warning)
+	}
+	return err
+}
+
 func serveLayers(t *term, c *cli.Context) error {
 	ro, err := registryOptions(c)
 	if err != nil {
 		return err
 	}
-	if err := podmanext.CheckPodman(c.Context); err != nil {
+	if err := checkPodman(t, c); err != nil {
 		return err
 	}
 	layers, err := openLayers(t, c, registrySource{ro})
@@ -123,7 +133,7 @@ func serveLayers(t *term, c *cli.Context) error {
 
 func layerTree(t *term, c *cli.Context) error {
 	names := c.Args().Slice()
-	if err := podmanext.CheckPodman(c.Context); err != nil {
+	if err := checkPodman(t, c); err != nil {
 		return err
 	}
 	layers, err := openLayers(t, c, nil)

@@ -16,7 +16,7 @@ import (
 // there, docs/podman.md is out of date.
 func TestMkcomposefs(t *testing.T) {
 	withEach(t, func(t *testing.T, rel release) {
-		if !rel.takesImages(t) {
+		if !rel.takesImages() {
 			t.Skip("podman before 5.0 has no use_composefs")
 		}
 		addr := serveOn(t, registry.ServeOptions{})

@@ -25,22 +25,6 @@ func withEach(t *testing.T, fn func(t *testing.T, rel release)) {
 	}
 }
 
-// takesImages reports whether a podman mounts the layers of an image store: those of
-// trixie and sid do (5.4).
-func (r release) takesImages(t *testing.T) bool {
-	var major, minor int
-	cmd := exec.Command("podman", "--version")
-	if r.chroot != "" {
-		cmd = exec.Command("chroot", r.chroot, "podman", "--version")
-	}
-	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-	version := run(t, cmd)
-	if _, err := fmt.Sscanf(version, "podman version %d.%d", &major, &minor); err != nil {
-		t.Fatalf("podman --version printed %q: %v", version, err)
-	}
-	return major > 5 || major == 5 && minor >= 4
-}
-
 // withImages has an engine use an image store, which has to exist.
 func (e *engine) withImages(dir string) {
 	e.t.Helper()
@@ -71,7 +55,7 @@ func imageStore(t *testing.T, rel release) (w *worker, ref, images string) {
 // sees, and builds on it, pushes and saves it as if it were its own.
 func TestImageStore(t *testing.T) {
 	withEach(t, func(t *testing.T, rel release) {
-		if !rel.takesImages(t) {
+		if !rel.takesImages() {
 			t.Skip("podman before 5.4 wants to write to additional image stores")
 		}
 		w, ref, images := imageStore(t, rel)
@@ -189,7 +173,7 @@ func pushedLayers(t *testing.T, dir string) (digests []string) {
 // both at a time.
 func TestOnce(t *testing.T) {
 	withEach(t, func(t *testing.T, rel release) {
-		if !rel.takesImages(t) {
+		if !rel.takesImages() {
 			t.Skip("podman before 5.4 wants to write to additional image stores")
 		}
 		w, ref, images := imageStore(t, rel)
@@ -237,11 +221,11 @@ func TestOnce(t *testing.T) {
 
 // diskUse returns the disk space below directories in bytes, each inode once.
 func diskUse(dirs ...string) (int64, error) {
-	out, err := exec.Command("du", append([]string{"--summarize", "--block-size=1", "--total"}, dirs...)...).Output()
+	out, errs, err := try(exec.Command("du", append([]string{"--summarize", "--block-size=1", "--total"}, dirs...)...))
 	if err != nil {
-		return 0, err
+		return 0, fmt.Errorf("du: %w\n%s", err, errs)
 	}
-	lines := strings.Split(strings.TrimSpace(string(out)), "\n")
+	lines := strings.Split(strings.TrimSpace(out), "\n")
 	var n int64
 	_, err = fmt.Sscan(lines[len(lines)-1], &n)
 	return n, err

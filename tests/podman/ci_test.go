@@ -1,7 +1,6 @@
 package podman
 
 import (
-	"bytes"
 	"encoding/json"
 	"os"
 	"os/exec"
@@ -222,14 +221,12 @@ func (e *engine) serveAPI() string {
 	e.t.Helper()
 	path := filepath.Join(e.dir, "api")
 	cmd := e.command("system", "service", "--time=0", "unix://"+path)
-	var log bytes.Buffer
-	cmd.Stderr = &log
-	if err := cmd.Start(); err != nil {
-		e.t.Fatal(err)
-	}
+	cmd.Stderr = &logBuffer{t: e.t}
+	s := start(e.t, cmd)
 	e.t.Cleanup(func() {
-		_ = cmd.Process.Signal(os.Interrupt)
-		_ = cmd.Wait()
+		if err := s.end(os.Interrupt); err != nil {
+			e.t.Errorf("podman's service: %v", err)
+		}
 	})
 	for range 200 {
 		if _, err := os.Stat(path); err == nil {
@@ -237,7 +234,7 @@ func (e *engine) serveAPI() string {
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
-	e.t.Fatalf("podman's service does not listen\n%s", log.String())
+	e.t.Fatal("podman's service does not listen")
 	return ""
 }
 

@@ -17,15 +17,34 @@ import (
 type release struct {
 	name   string
 	chroot string // "" for this machine's
-	// toc says that it asks for layers by the digest of their table of contents (5.1).
-	toc bool
-	// forgets says that it loses layers of a layer store (5.5).
-	forgets bool
+	major  int
+	minor  int
 }
+
+// since reports whether a podman is not older than a version.
+func (r release) since(major, minor int) bool {
+	return r.major > major || r.major == major && r.minor >= minor
+}
+
+// sharesStorage reports whether several of it may pull into one storage at once when
+// layers come from a layer store (4.4, c/storage 1.45). In an older one, the podman that
+// has taken over a layer waits for storage.lock while it has layers.lock
+// (additionalLayer.PutAs calls ROLayerStores), and one that reads the storage anew waits
+// for layers.lock while it has storage.lock (store.LayerStore calls newLayerStore).
+func (r release) sharesStorage() bool { return r.since(4, 4) }
+
+// toc reports whether it asks for layers by the digest of their table of contents.
+func (r release) toc() bool { return r.since(5, 1) }
+
+// takesImages reports whether it mounts the layers of an image store.
+func (r release) takesImages() bool { return r.since(5, 4) }
+
+// forgets reports whether it loses layers of a layer store.
+func (r release) forgets() bool { return r.since(5, 5) }
 
 // format is the compression that layers must have for a layer store to be asked.
 func (r release) format() string {
-	if r.toc {
+	if r.toc() {
 		return "zstd:chunked"
 	}
 	return "gzip"
@@ -48,13 +67,10 @@ func releases(t *testing.T) []release {
 		}
 		// The settings that $CONTAINERS_* names are this machine's.
 		cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-		var major, minor int
 		version := run(t, cmd)
-		if _, err := fmt.Sscanf(version, "podman version %d.%d", &major, &minor); err != nil {
+		if _, err := fmt.Sscanf(version, "podman version %d.%d", &r.major, &r.minor); err != nil {
 			t.Fatalf("podman --version printed %q: %v", version, err)
 		}
-		since := func(a, b int) bool { return major > a || major == a && minor >= b }
-		r.toc, r.forgets = since(5, 1), since(5, 5)
 	}
 	return all
 }
@@ -97,7 +113,7 @@ func chroot(t *testing.T, suite string) string {
 		if mirror := os.Getenv("PARTICLE_TEST_MIRROR"); mirror != "" {
 			args = append(args, mirror)
 		}
-		if out, errs, err := try(exec.Command("mmdebstrap", args...)); err != nil {
+		if out, errs, err := within(buildTime, exec.Command("mmdebstrap", args...)); err != nil {
 			t.Skipf("making a chroot of %s: %v\n%s", suite, err, tail(errs+out))
 		}
 		if err := os.Rename(temp, dir); err != nil {
@@ -152,7 +168,12 @@ type engine struct {
 // unless that is "".
 func newEngine(t testing.TB, rel release, layers string) *engine {
 	t.Helper()
-	dir := sharedDir(t)
+	return newEngineIn(t, rel, layers, sharedDir(t))
+}
+
+// newEngineIn makes an engine with all of its files below a directory.
+func newEngineIn(t testing.TB, rel release, layers, dir string) *engine {
+	t.Helper()
 	e := &engine{t: t, dir: dir, rel: rel, conf: filepath.Join(dir, "storage.conf"), graph: filepath.Join(dir, "graph")}
 	text := fmt.Sprintf("[storage]\ndriver = \"overlay\"\ngraphroot = %q\nrunroot = %q\n", e.graph, filepath.Join(dir, "run"))
 	if layers != "" {

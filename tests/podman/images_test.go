@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -28,19 +29,47 @@ import (
 )
 
 // A blobCount is what a registry has sent.
-type blobCount struct{ requests, bytes atomic.Int64 }
+type blobCount struct {
+	requests, bytes atomic.Int64
+
+	mu       sync.Mutex
+	byDigest map[string]int // requests
+}
+
+func (c *blobCount) add(digest string, bytes int64) {
+	c.requests.Add(1)
+	c.bytes.Add(bytes)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.byDigest == nil {
+		c.byDigest = map[string]int{}
+	}
+	c.byDigest[digest]++
+}
+
+// of returns how often a blob was sent.
+func (c *blobCount) of(digest string) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.byDigest[digest]
+}
 
 // serve starts a registry that ends with the test, and counts the blobs it sends.
 func serve(t testing.TB, o registry.ServeOptions) (addr string, blobs *blobCount, stop func()) {
 	t.Helper()
+	return serveFrom(t, "", o)
+}
+
+// serveFrom is serve with blobs in a directory, for large images.
+func serveFrom(t testing.TB, dir string, o registry.ServeOptions) (addr string, blobs *blobCount, stop func()) {
+	t.Helper()
 	blobs = new(blobCount)
 	o.OnRequest = func(r registry.Request) {
-		if r.Method == "GET" && strings.Contains(r.Path, "/blobs/") {
-			blobs.requests.Add(1)
-			blobs.bytes.Add(r.Out)
+		if _, digest, ok := strings.Cut(r.Path, "/blobs/"); ok && r.Method == "GET" {
+			blobs.add(digest, r.Out)
 		}
 	}
-	s, err := registry.Serve(context.Background(), "", "", &o)
+	s, err := registry.Serve(context.Background(), dir, "", &o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -213,7 +242,9 @@ func put(t testing.TB, img v1.Image, ref string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := remote.Write(r, img); err != nil {
+	ctx, cancel := context.WithTimeout(context.Background(), programTime)
+	defer cancel()
+	if err := remote.Write(r, img, remote.WithContext(ctx)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -225,7 +256,9 @@ func layerDigests(t testing.TB, ref string) (digests []string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	img, err := remote.Image(r)
+	ctx, cancel := context.WithTimeout(context.Background(), programTime)
+	defer cancel()
+	img, err := remote.Image(r, remote.WithContext(ctx))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -252,7 +285,6 @@ func treeOf(t testing.TB, dir string) *tree.Tree {
 // sameFiles compares an image in two engines, path by path, but for the dates of some
 // paths.
 func sameFiles(t testing.TB, plain, layered *engine, image string, undated ...string) {
-	t.Helper()
 	t.Helper()
 	var want, got *tree.Tree
 	plain.mounted(image, func(dir string) { want = treeOf(t, dir) })

@@ -18,9 +18,8 @@ type layerStore struct {
 	store, dir, mounts string
 	flags              []string
 
-	cmd  *exec.Cmd
-	done chan struct{}
-	log  *logBuffer
+	service *service // nil while none runs
+	log     *logBuffer
 }
 
 // newLayerStore makes the directories of a layer store; nothing runs yet.
@@ -54,21 +53,13 @@ func (l *layerStore) particle(args ...string) *exec.Cmd {
 func (l *layerStore) start() {
 	l.t.Helper()
 	ready := l.log.wait("serving")
-	l.cmd = l.particle(append([]string{"layer-store", "--dir", l.dir, "--mounts", l.mounts}, l.flags...)...)
-	l.cmd.Stderr = l.log
-	l.cmd.Env = append(os.Environ(), "REGISTRY_AUTH_FILE=", "XDG_RUNTIME_DIR="+l.store+"-none", "HOME="+l.store+"-none", "DOCKER_CONFIG=")
-	if err := l.cmd.Start(); err != nil {
-		l.t.Fatal(err)
-	}
-	cmd, done := l.cmd, make(chan struct{})
-	l.done = done
-	go func() {
-		_ = cmd.Wait()
-		close(done)
-	}()
+	cmd := l.particle(append([]string{"layer-store", "--dir", l.dir, "--mounts", l.mounts}, l.flags...)...)
+	cmd.Stderr = l.log
+	cmd.Env = append(os.Environ(), "REGISTRY_AUTH_FILE=", "XDG_RUNTIME_DIR="+l.store+"-none", "HOME="+l.store+"-none", "DOCKER_CONFIG=")
+	l.service = start(l.t, cmd)
 	select {
 	case <-ready:
-	case <-done:
+	case <-l.service.done:
 		l.t.Fatalf("the layer store ended: %s", cmd.ProcessState)
 	case <-time.After(30 * time.Second):
 		l.t.Fatal("the layer store is not ready after 30 s")
@@ -78,19 +69,15 @@ func (l *layerStore) start() {
 // end sends the service a signal and waits until it is gone.
 func (l *layerStore) end(sig syscall.Signal) {
 	l.t.Helper()
-	if err := l.cmd.Process.Signal(sig); err != nil {
-		l.t.Fatal(err)
+	s := l.service
+	l.service = nil
+	if err := s.end(sig); err != nil {
+		l.t.Fatalf("the layer store, sent %s: %v", sig, err)
 	}
-	select {
-	case <-l.done:
-	case <-time.After(30 * time.Second):
-		l.t.Fatalf("the layer store goes on 30 s after %s", sig)
-	}
-	l.cmd = nil
 }
 
 func (l *layerStore) stop() {
-	if l.cmd != nil {
+	if l.service != nil {
 		l.end(syscall.SIGTERM)
 	}
 }

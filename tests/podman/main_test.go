@@ -6,7 +6,7 @@
 package podman
 
 import (
-	"bytes"
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,6 +27,9 @@ var particle string
 // work is a directory on disk, removed when all tests are done. What lies in shared
 // below it chroots see too, also what is mounted there later.
 var work, shared string
+
+// buildTime is how long building the command may take.
+const buildTime = 10 * time.Minute
 
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
 
@@ -48,7 +52,9 @@ func testMain(m *testing.M) (status int) {
 		return 1
 	}
 	particle = filepath.Join(dir, "particle")
-	build := exec.Command("go", "build", "-o", particle, "github.com/particle-os/particle/cmd/particle")
+	ctx, cancel := context.WithTimeout(context.Background(), buildTime)
+	defer cancel()
+	build := exec.CommandContext(ctx, "go", "build", "-o", particle, "github.com/particle-os/particle/cmd/particle")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		fmt.Fprintf(os.Stderr, "building particle: %v\n%s", err, out)
@@ -145,14 +151,6 @@ func run(t testing.TB, cmd *exec.Cmd) string {
 		t.Fatalf("%s: %v\n%s", cmd, err, tail(errs+out))
 	}
 	return out
-}
-
-// try runs a program and returns what it printed.
-func try(cmd *exec.Cmd) (stdout, stderr string, err error) {
-	var o, e bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &o, &e
-	err = cmd.Run()
-	return o.String(), e.String(), err
 }
 
 func tail(s string) string {

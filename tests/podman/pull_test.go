@@ -2,6 +2,7 @@ package podman
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -14,7 +15,7 @@ import (
 func forEach(t *testing.T, fn func(t *testing.T, rel release)) {
 	for _, rel := range releases(t) {
 		t.Run(rel.name, func(t *testing.T) {
-			if rel.forgets {
+			if rel.forgets() {
 				t.Skip("this podman forgets layers of layer stores; TestForgets has that")
 			}
 			fn(t, rel)
@@ -27,7 +28,7 @@ func forEach(t *testing.T, fn func(t *testing.T, rel release)) {
 func TestForgets(t *testing.T) {
 	for _, rel := range releases(t) {
 		t.Run(rel.name, func(t *testing.T) {
-			if !rel.forgets {
+			if !rel.forgets() {
 				t.Skip("this podman does not")
 			}
 			ref, _, _ := published(t, rel)
@@ -49,12 +50,18 @@ func published(t *testing.T, rel release) (ref string, blobs *blobCount, stop fu
 	t.Helper()
 	first, _, _ := serve(t, registry.ServeOptions{})
 	put(t, threeLayers(t), first+"/plain:1")
-	// Another registry: podman would not send to the first what it knows to be there.
-	addr, blobs, stop := serve(t, registry.ServeOptions{})
+	return publish(t, rel, first+"/plain:1")
+}
+
+// publish has podman copy an image to another registry.
+func publish(t *testing.T, rel release, from string) (ref string, blobs *blobCount, stop func()) {
+	t.Helper()
+	// Another one: podman would not send to the first what it knows to be there.
+	addr, blobs, stop := serveFrom(t, sharedDir(t), registry.ServeOptions{})
 	e := newEngine(t, rel, "")
-	ref = addr + "/three:1"
-	e.podman("pull", "-q", first+"/plain:1")
-	e.podman("push", "-q", "--compression-format", rel.format(), first+"/plain:1", ref)
+	ref = addr + "/image:1"
+	e.podman("pull", "-q", from)
+	e.podman("push", "-q", "--compression-format", rel.format(), from, ref)
 	blobs.requests.Store(0)
 	blobs.bytes.Store(0)
 	return ref, blobs, stop
@@ -108,72 +115,99 @@ func TestPull(t *testing.T) {
 	})
 }
 
+// A subject is an image for [again], with commands that delete, rename and add.
+type subject struct {
+	ref    string
+	layers int
+	size   int64  // that an archive has at least
+	build  string // a step of a Containerfile; what it makes it also dates
+	change string // in a container that is committed
+	most   int64  // bytes of files that the two make
+}
+
 // TestAgain: push, save, build, commit and prune, compared with plain podman.
 func TestAgain(t *testing.T) {
 	forEach(t, func(t *testing.T, rel release) {
 		ref, _, _ := published(t, rel)
-		l := newLayerStore(t)
-		l.start()
-		plain, e := newEngine(t, rel, ""), newEngine(t, rel, l.dir)
-		plain.podman("pull", "-q", ref)
-		e.quietly("pull", "-q", ref)
-
-		// To a registry that has none of it.
-		other, _, _ := serve(t, registry.ServeOptions{})
-		e.quietly("push", "-q", "--compression-format", rel.format(), ref, other+"/three:1")
-		if want, got := layerDigests(t, ref), layerDigests(t, other+"/three:1"); !slices.Equal(want, got) {
-			t.Errorf("a push gives the layers %q, want %q", got, want)
-		}
-
-		// An archive has the uncompressed layers: all bytes, exactly.
-		var archives [][]byte
-		for _, x := range []*engine{plain, e} {
-			name := filepath.Join(x.dir, "saved.tar")
-			x.podman("save", "-q", "--format", "docker-archive", "-o", name, ref)
-			raw, err := os.ReadFile(name)
-			if err != nil {
-				t.Fatal(err)
-			}
-			archives = append(archives, raw)
-		}
-		if len(archives[0]) < 3*bigFile {
-			t.Fatalf("plain podman saved %d bytes only", len(archives[0]))
-		}
-		if string(archives[0]) != string(archives[1]) {
-			t.Errorf("podman save gives other bytes (%d) than plain podman (%d)", len(archives[1]), len(archives[0]))
-		}
-
-		// A build deletes, renames and adds; both engines end with the same files.
-		context := sharedDir(t)
-		write(t, filepath.Join(context, "Containerfile"), "FROM "+ref+`
-RUN mv /usr/share/kept /usr/share/moved && rm -r /usr/share/opaque && mkdir /usr/share/opaque && touch -d @1600000000 /usr/share/opaque /usr/share /usr/share/moved && echo built > /etc/built && touch -d @1600000000 /etc/built /etc
-COPY Containerfile /tmp/
-`)
-		for _, x := range []*engine{plain, e} {
-			x.podman("build", "-q", "--timestamp", "1600000000", "-t", "localhost/built", context)
-		}
-		sameFiles(t, plain, e, "localhost/built")
-		for _, x := range []*engine{plain, e} {
-			x.podman("run", "--name", "c", "localhost/built", "sh", "-c", "rm -r /usr/share/deep /usr/lib/second; touch -d @1600000000 /usr/share /usr/lib /etc/x /etc")
-			x.podman("commit", "-q", "c", "localhost/committed")
-			x.podman("rm", "c")
-		}
-		// What podman made for the container has the date of that.
-		sameFiles(t, plain, e, "localhost/committed", "/run", "/run/.containerenv", "/etc/mtab")
-		e.podman("push", "-q", "localhost/committed", other+"/committed:1")
-		// From 5.1 on podman copies the layers below what it commits: it knows them by
-		// their tables of contents, and by diffID in the new image.
-		if n, _ := e.layerBytes(); n > 100_000 && !rel.toc {
-			t.Errorf("podman keeps %d bytes of layers itself; the build and the commit are smaller than that", n)
-		}
-
-		e.podman("rmi", "localhost/committed", "localhost/built", ref)
-		e.podman("system", "prune", "--all", "--force")
-		if all, _ := e.layers(); all != 0 {
-			t.Errorf("after podman system prune there are %d layers", all)
-		}
-		if names := l.mountedLayers(); len(names) != 0 {
-			t.Errorf("after podman system prune %d layers are still mounted", len(names))
-		}
+		again(t, rel, subject{
+			ref: ref, layers: 3, size: 3 * bigFile,
+			build: "mv /usr/share/kept /usr/share/moved && rm -r /usr/share/opaque && mkdir /usr/share/opaque && " +
+				"touch -d @1600000000 /usr/share/opaque /usr/share /usr/share/moved && echo built > /etc/built && touch -d @1600000000 /etc/built /etc",
+			change: "rm -r /usr/share/deep /usr/lib/second; touch -d @1600000000 /usr/share /usr/lib /etc/x /etc",
+			most:   100_000,
+		})
 	})
+}
+
+func again(t *testing.T, rel release, s subject) {
+	l := newLayerStore(t)
+	l.start()
+	plain, e := newEngine(t, rel, ""), newEngine(t, rel, l.dir)
+	plain.podman("pull", "-q", s.ref)
+	e.quietly("pull", "-q", s.ref)
+	if all, additional := e.layers(); all != s.layers || additional != s.layers {
+		t.Fatalf("podman has %d layers, %d of the layer store; want %d of %[3]d", all, additional, s.layers)
+	}
+	if n, files := e.layerBytes(); n != 0 {
+		t.Errorf("podman keeps %d bytes of layers itself: %q", n, files)
+	}
+	sameFiles(t, plain, e, s.ref)
+
+	// To a registry that has none of it.
+	other, _, _ := serveFrom(t, sharedDir(t), registry.ServeOptions{})
+	e.quietly("push", "-q", "--compression-format", rel.format(), s.ref, other+"/image:1")
+	if want, got := layerDigests(t, s.ref), layerDigests(t, other+"/image:1"); !slices.Equal(want, got) {
+		t.Errorf("a push gives the layers %q, want %q", got, want)
+	}
+
+	// An archive has the uncompressed layers: all bytes, exactly.
+	var sums []string
+	for _, x := range []*engine{plain, e} {
+		name := filepath.Join(x.dir, "saved.tar")
+		x.podman("save", "-q", "--format", "docker-archive", "-o", name, s.ref)
+		fi, err := os.Stat(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if fi.Size() < s.size {
+			t.Fatalf("podman saved %d bytes only", fi.Size())
+		}
+		sums = append(sums, strings.Fields(run(t, exec.Command("sha256sum", name)))[0])
+		if err := os.Remove(name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if sums[0] != sums[1] {
+		t.Error("podman save gives other bytes than plain podman")
+	}
+
+	// A build deletes, renames and adds; both engines end with the same files.
+	context := sharedDir(t)
+	write(t, filepath.Join(context, "Containerfile"), "FROM "+s.ref+"\nRUN "+s.build+"\nCOPY Containerfile /tmp/\n")
+	for _, x := range []*engine{plain, e} {
+		x.podman("build", "-q", "--timestamp", "1600000000", "-t", "localhost/built", context)
+	}
+	sameFiles(t, plain, e, "localhost/built")
+	for _, x := range []*engine{plain, e} {
+		x.podman("run", "--name", "c", "localhost/built", "sh", "-c", s.change)
+		x.podman("commit", "-q", "c", "localhost/committed")
+		x.podman("rm", "c")
+	}
+	// What podman made for the container has the date of that.
+	sameFiles(t, plain, e, "localhost/committed", "/run", "/run/.containerenv", "/etc/mtab")
+	e.podman("push", "-q", "localhost/committed", other+"/committed:1")
+	// From 5.1 on podman copies the layers below what it commits: it knows them by
+	// their tables of contents, and by diffID in the new image.
+	if n, _ := e.layerBytes(); n > s.most && !rel.toc() {
+		t.Errorf("podman keeps %d bytes of layers itself, want %d at most: what the build and the commit made", n, s.most)
+	}
+
+	e.podman("rmi", "localhost/committed", "localhost/built", s.ref)
+	e.podman("system", "prune", "--all", "--force")
+	if all, _ := e.layers(); all != 0 {
+		t.Errorf("after podman system prune there are %d layers", all)
+	}
+	if names := l.mountedLayers(); len(names) != 0 {
+		t.Errorf("after podman system prune %d layers are still mounted", len(names))
+	}
 }
