@@ -147,7 +147,7 @@ func loopsOn(t testing.TB, dir string) (devices []string) {
 // tells that it is one, and returns what it prints.
 func child(t testing.TB, test string, args ...string) (string, error) {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), os.Args[0], append([]string{"-test.run=^" + test + "$", "-test.v"}, args...)...)
+	cmd := exec.CommandContext(t.Context(), os.Args[0], append([]string{"-test.run=^" + test + "$", "-test.v", "-test.timeout=4m"}, args...)...)
 	cmd.Env = append(os.Environ(), "PARTICLE_TEST="+test)
 	out, err := cmd.CombinedOutput()
 	return string(out), err

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -364,7 +365,9 @@ func TestUserNamespace(t *testing.T) {
 			t.Fatal(err)
 		}
 		// Root of the namespace writes, and chowns to its user 1000.
-		cmd := exec.Command("/bin/sh", "-c", "echo x >dir/made && chown 1000:1000 dir/made && rm dir/small && cat dir/big >/dev/null")
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		cmd := exec.CommandContext(ctx, "/bin/sh", "-c", "echo x >dir/made && chown 1000:1000 dir/made && rm dir/small && cat dir/big >/dev/null")
 		cmd.Dir = dir
 		cmd.SysProcAttr = &syscall.SysProcAttr{
 			Cloneflags:  syscall.CLONE_NEWUSER,

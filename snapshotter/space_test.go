@@ -16,6 +16,7 @@ import (
 
 	"github.com/particle-os/particle/converter/store"
 	"github.com/particle-os/particle/snapshotter"
+	"github.com/particle-os/particle/tests/program"
 )
 
 // TestQuota limits a snapshot on a filesystem with project quotas, and asks in vain for
@@ -45,8 +46,8 @@ func TestQuota(t *testing.T) {
 		if err := errors.Join(os.WriteFile(img, nil, 0o600), os.Truncate(img, 64<<20)); err != nil {
 			t.Fatal(err)
 		}
-		if out, err := exec.Command("mkfs.ext4", "-q", "-O", "quota,project", "-E", "quotatype=prjquota", img).CombinedOutput(); err != nil {
-			t.Fatalf("%v: %s", err, out)
+		if _, err := program.Try("mkfs.ext4", "-q", "-O", "quota,project", "-E", "quotatype=prjquota", img); err != nil {
+			t.Fatal(err)
 		}
 		m := cmount.Mount{Type: "ext4", Source: img, Options: []string{"loop", "prjquota"}}
 		if err := m.Mount(dir); err != nil {

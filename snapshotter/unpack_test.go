@@ -16,6 +16,7 @@ import (
 	"github.com/particle-os/particle/converter/store"
 	"github.com/particle-os/particle/converter/tree"
 	"github.com/particle-os/particle/snapshotter"
+	"github.com/particle-os/particle/tests/program"
 )
 
 type mountT = cmount.Mount
@@ -182,10 +183,11 @@ func TestSparse(t *testing.T) {
 	})(dir); err != nil {
 		t.Fatal(err)
 	}
-	layer, err := exec.Command("tar", "-C", dir, "--sparse", "--format=pax", "-cf", "-", "sparse").Output()
+	out, err := program.Try("tar", "-C", dir, "--sparse", "--format=pax", "-cf", "-", "sparse")
 	if err != nil {
 		t.Fatal(err)
 	}
+	layer := []byte(out)
 	if len(layer) > 100_000 {
 		t.Fatalf("the layer has %d bytes: it is not sparse", len(layer))
 	}

@@ -1,6 +1,7 @@
 package service_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -42,6 +43,7 @@ import (
 	"github.com/particle-os/particle/converter/store"
 	"github.com/particle-os/particle/snapshotter"
 	"github.com/particle-os/particle/snapshotter/service"
+	"github.com/particle-os/particle/tests/program"
 )
 
 func newSnapshotter(t *testing.T) (*snapshotter.Snapshotter, string) {
@@ -158,12 +160,13 @@ func TestServe(t *testing.T) {
 	go func() { done <- srv.Serve(ctx, l) }()
 
 	nsctx := namespaces.WithNamespace(t.Context(), "mine")
-	blob, err := exec.Command("tar", "-C", "/", "--mode=0640", "-czf", "-", "etc/hostname").Output()
+	out, err := program.Try("tar", "-C", "/", "--mode=0640", "-czf", "-", "etc/hostname")
 	if err != nil {
 		t.Skip(err)
 	}
+	blob := []byte(out)
 	desc := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerGzip, Digest: digest.FromBytes(blob), Size: int64(len(blob))}
-	if err := content.WriteBlob(nsctx, cs, "ref", strings.NewReader(string(blob)), desc); err != nil {
+	if err := content.WriteBlob(nsctx, cs, "ref", bytes.NewReader(blob), desc); err != nil {
 		t.Fatal(err)
 	}
 	conn := dial(t, socket)
@@ -291,11 +294,11 @@ func TestActivation(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestActivation$")
+	cmd := exec.Command(os.Args[0], "-test.run=^TestActivation$", "-test.timeout=1m")
 	cmd.Env = append(os.Environ(), "PARTICLE_TEST=TestActivation", "LISTEN_FDS=1")
 	cmd.ExtraFiles = []*os.File{f}
-	var out strings.Builder
-	cmd.Stdout, cmd.Stderr = &out, &out
+	var printed strings.Builder
+	cmd.Stdout, cmd.Stderr = &printed, &printed
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -310,6 +313,6 @@ func TestActivation(t *testing.T) {
 		t.Errorf("got %q, %v", b, err)
 	}
 	if err := cmd.Wait(); err != nil {
-		t.Errorf("%v: %s", err, &out)
+		t.Errorf("%v: %s", err, &printed)
 	}
 }

@@ -8,6 +8,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/particle-os/particle/tests/program"
 )
 
 // TestBuildKit builds a Containerfile with BuildKit's containerd worker over the
@@ -43,12 +45,12 @@ RUN rm -r /opaque
 			}
 		}
 		addr := "unix://" + filepath.Join(dir, "s")
-		daemon := start(t, filepath.Join(bin, "buildkitd"), "--config", filepath.Join(dir, "buildkitd.toml"), "--addr", addr, "--root", filepath.Join(dir, "root"),
+		daemon := program.Start(t, filepath.Join(bin, "buildkitd"), "--config", filepath.Join(dir, "buildkitd.toml"), "--addr", addr, "--root", filepath.Join(dir, "root"),
 			"--oci-worker=false", "--containerd-worker=true", "--containerd-worker-addr", h.socket(), "--containerd-worker-namespace", "test",
 			"--containerd-worker-snapshotter", "particle", "--containerd-worker-net", "host")
-		defer daemon.stop(syscall.SIGTERM)
+		defer daemon.Stop(syscall.SIGTERM)
 		buildctl := func(args ...string) error {
-			_, err := try("timeout", append([]string{"180", filepath.Join(bin, "buildctl"), "--addr", addr}, args...)...)
+			_, err := program.Try(filepath.Join(bin, "buildctl"), append([]string{"--addr", addr}, args...)...)
 			return err
 		}
 		eventually(t, "buildkitd answers", 30*time.Second, func() error { return buildctl("debug", "workers") })
@@ -65,7 +67,7 @@ RUN rm -r /opaque
 		if err := buildctl("prune", "--all"); err != nil {
 			t.Error(err)
 		}
-		daemon.stop(syscall.SIGTERM)
+		daemon.Stop(syscall.SIGTERM)
 		h.ctr("images", "rm", "--sync", name)
 		for lease := range strings.Lines(h.ctr("leases", "ls", "-q")) {
 			h.ctr("leases", "rm", "--sync", strings.TrimSpace(lease))

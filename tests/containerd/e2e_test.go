@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/rootfs"
 
 	"github.com/particle-os/particle/snapshotter"
+	"github.com/particle-os/particle/tests/program"
 )
 
 // TestLife takes images through a containerd's life with them: import, pull, run,
@@ -164,7 +165,7 @@ func TestHostImage(t *testing.T) {
 		if _, err := exec.LookPath("podman"); err != nil {
 			t.Skipf("%v (Debian package podman)", err)
 		}
-		if _, err := try("podman", "image", "exists", server); err != nil {
+		if _, err := program.Try("podman", "image", "exists", server); err != nil {
 			t.Skipf("podman has no image %s; tests/setup/images.sh builds it", server)
 		}
 		h := newHost(t, r)
@@ -229,7 +230,7 @@ func TestDaemonGoes(t *testing.T) {
 		}
 		sum := exec("sha256sum </etc/kept")
 		for i, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
-			h.daemon.stop(sig)
+			h.daemon.Stop(sig)
 			run(t, "sh", "-c", "echo 2 >/proc/sys/vm/drop_caches")
 			if got := exec("sha256sum </etc/kept; cat /hard3"); !strings.HasPrefix(got, sum) {
 				t.Errorf("%v: the container reads %q, want %q", sig, got, sum)
@@ -252,7 +253,7 @@ func TestDaemonGoes(t *testing.T) {
 		}
 		// containerd goes, too, and with it its knowledge of mounts.
 		h.client.Close()
-		h.containerd.stop(syscall.SIGTERM)
+		h.containerd.Stop(syscall.SIGTERM)
 		h.startContainerd()
 		if got := exec("sha256sum </etc/kept"); got != sum {
 			t.Errorf("after containerd's restart the container reads %q, want %q", got, sum)
@@ -331,7 +332,7 @@ func TestPlugins(t *testing.T) {
 		if !strings.Contains(with, "[proxy_plugins.particle]") || !strings.Contains(with, h.daemonSocket()) {
 			t.Errorf("containerd's configuration is\n%s", with)
 		}
-		if log := h.containerd.log.String(); strings.Contains(log, "unknown key") {
+		if log := h.containerd.Log(); strings.Contains(log, "unknown key") {
 			t.Errorf("containerd does not know a key:\n%s", log)
 		}
 		if status := h.plugins("status"); !strings.Contains(status, "enabled") || !strings.Contains(status, "answers") {

@@ -1,13 +1,11 @@
 package containerd
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -18,6 +16,8 @@ import (
 	client "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+
+	"github.com/particle-os/particle/tests/program"
 )
 
 // A host has a containerd and our daemon, in directories of a test.
@@ -25,64 +25,11 @@ type host struct {
 	t          testing.TB
 	release    release
 	dir, store string
-	daemon     *process
-	containerd *process
+	daemon     *program.Process
+	containerd *program.Process
 	client     *client.Client
 	ctx        context.Context
 	daemonArgs []string
-}
-
-// A process is a program that runs until it is stopped.
-type process struct {
-	cmd  *exec.Cmd
-	log  lockedBuffer
-	done chan struct{} // closed at its end
-	err  error
-}
-
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *lockedBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
-}
-
-func start(t testing.TB, name string, args ...string) *process {
-	t.Helper()
-	p := &process{cmd: exec.Command(name, args...), done: make(chan struct{})}
-	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
-	// Shims must find runc, and the containerd under test its shim.
-	p.cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(name)+":"+os.Getenv("PATH"))
-	p.cmd.WaitDelay = time.Second // children that outlive it have its output open
-	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		p.err = p.cmd.Wait()
-		close(p.done)
-	}()
-	return p
-}
-
-// stop ends a process and waits for its end.
-func (p *process) stop(sig syscall.Signal) {
-	p.cmd.Process.Signal(sig)
-	select {
-	case <-p.done:
-	case <-time.After(40 * time.Second):
-		p.cmd.Process.Kill()
-		<-p.done
-	}
 }
 
 // newHost starts both daemons. containerd's own configuration says where it works; that
@@ -100,7 +47,9 @@ func newHost(t testing.TB, r release, daemonArgs ...string) *host {
 		}
 	}
 	h := &host{t: t, release: r, dir: dir, store: filepath.Join(dir, "store"), daemonArgs: daemonArgs}
-	h.ctx = namespaces.WithNamespace(context.Background(), "test")
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
+	t.Cleanup(cancel) // after end
+	h.ctx = namespaces.WithNamespace(ctx, "test")
 	t.Cleanup(h.end)
 	h.startDaemon()
 
@@ -130,24 +79,22 @@ func (h *host) daemonSocket() string { return filepath.Join(h.dir, "particle.soc
 // plugins runs particle plugins for the containerd of the host.
 func (h *host) plugins(verb string, args ...string) string {
 	h.t.Helper()
-	cmd := exec.Command(particle, append([]string{"plugins", verb, "containerd",
+	out, err := program.TryEnv([]string{"PATH=" + h.release.bin + ":" + os.Getenv("PATH")}, particle, append([]string{"plugins", verb, "containerd",
 		"--config=" + filepath.Join(h.dir, "etc/config.toml"), "--socket=" + h.daemonSocket(), "--root=" + filepath.Join(h.dir, "sn")}, args...)...)
-	cmd.Env = append(os.Environ(), "PATH="+h.release.bin+":"+os.Getenv("PATH"))
-	out, err := cmd.CombinedOutput()
 	if err != nil {
-		h.t.Fatalf("particle plugins %s: %v\n%s", verb, err, out)
+		h.t.Fatal(err)
 	}
-	return string(out)
+	return out
 }
 
 func (h *host) startDaemon() {
 	h.t.Helper()
-	h.daemon = start(h.t, particle, append([]string{"--store", h.store, "snapshotter", "--root", filepath.Join(h.dir, "sn"),
+	h.daemon = program.Start(h.t, particle, append([]string{"--store", h.store, "snapshotter", "--root", filepath.Join(h.dir, "sn"),
 		"--socket", h.daemonSocket(), "--containerd", h.socket(), "--log-format=json"}, h.daemonArgs...)...)
 	eventually(h.t, "the snapshotter answers", 30*time.Second, func() error {
 		conn, err := net.Dial("unix", h.daemonSocket())
 		if err != nil {
-			return fmt.Errorf("%w\n%s", err, h.daemon.log.String())
+			return fmt.Errorf("%w\n%s", err, h.daemon.Log())
 		}
 		return conn.Close()
 	})
@@ -155,10 +102,10 @@ func (h *host) startDaemon() {
 
 func (h *host) startContainerd() {
 	h.t.Helper()
-	h.containerd = start(h.t, h.release.program("containerd"), "--log-level=warn", "--config", filepath.Join(h.dir, "etc/config.toml"))
+	h.containerd = program.Start(h.t, h.release.program("containerd"), "--log-level=warn", "--config", filepath.Join(h.dir, "etc/config.toml"))
 	eventually(h.t, "containerd answers", 30*time.Second, func() error {
 		if _, err := h.tryCtr("version"); err != nil {
-			return fmt.Errorf("%w\n%s", err, h.containerd.log.String())
+			return fmt.Errorf("%w\n%s", err, h.containerd.Log())
 		}
 		return nil
 	})
@@ -174,20 +121,19 @@ func (h *host) end() {
 		h.client.Close()
 	}
 	if h.containerd != nil {
-		h.containerd.stop(syscall.SIGTERM)
+		h.containerd.Stop(syscall.SIGTERM)
 	}
 	if h.daemon != nil {
-		h.daemon.stop(syscall.SIGTERM)
-		if h.daemon.err != nil {
-			h.t.Errorf("the snapshotter ended with %v", h.daemon.err)
+		if err := h.daemon.Stop(syscall.SIGTERM); err != nil {
+			h.t.Errorf("the snapshotter ended with %v", err)
 		}
-		for line := range strings.Lines(h.daemon.log.String()) {
+		for line := range strings.Lines(h.daemon.Log()) {
 			if strings.Contains(line, `"level":"ERROR"`) || strings.Contains(line, "panic") {
 				h.t.Errorf("the snapshotter's log: %s", line)
 			}
 		}
 	}
-	if _, err := try(particle, "snapshotter", "--root", filepath.Join(h.dir, "sn"), "--unmount"); err != nil {
+	if _, err := program.Try(particle, "snapshotter", "--root", filepath.Join(h.dir, "sn"), "--unmount"); err != nil {
 		h.t.Error(err)
 	}
 	if left, err := mountsBelow(h.dir); err != nil || len(left) > 0 {
@@ -205,16 +151,16 @@ func (h *host) end() {
 	}
 }
 
-func tail(p *process) string {
+func tail(p *program.Process) string {
 	if p == nil {
 		return ""
 	}
-	s := p.log.String()
+	s := p.Log()
 	return s[max(0, len(s)-8000):]
 }
 
 func (h *host) tryCtr(args ...string) (string, error) {
-	return try("timeout", append([]string{"180", h.release.program("ctr"), "--address", h.socket(), "--namespace", "test"}, args...)...)
+	return program.Try(h.release.program("ctr"), append([]string{"--address", h.socket(), "--namespace", "test"}, args...)...)
 }
 
 func (h *host) ctr(args ...string) string {
@@ -235,22 +181,16 @@ func (h *host) runIn(snapshotter, image, script string) string {
 }
 
 // printed runs a shell command, which may be run again, by ctr with the given arguments
-// and returns what it prints. ctr may lose the end of that when a process ends soon.
+// and returns what it prints.
 func (h *host) printed(script string, args func() []string) string {
 	h.t.Helper()
-	const end = "(that was all)\n"
-	var out string
-	for range 5 {
-		var err error
-		if out, err = h.tryCtr(append(args(), "/bin/sh", "-c", script+"\necho '"+strings.TrimSpace(end)+"'")...); err != nil {
-			h.t.Fatal(err)
-		}
-		if all, ok := strings.CutSuffix(out, end); ok {
-			return all
-		}
+	out, err := program.Whole(func() (string, error) {
+		return h.tryCtr(append(args(), "/bin/sh", "-c", script+"\necho '"+strings.TrimSpace(program.End)+"'")...)
+	})
+	if err != nil {
+		h.t.Fatal(err)
 	}
-	h.t.Fatalf("ctr loses the end of what a container prints again and again: %q", out)
-	return ""
+	return out
 }
 
 var ids struct {

@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"github.com/particle-os/particle/converter/mount"
+	"github.com/particle-os/particle/tests/program"
 )
 
 var (
@@ -49,10 +50,9 @@ func testMain(m *testing.M) int {
 	}()
 	work = dir
 	particle = filepath.Join(dir, "particle")
-	build := exec.Command("go", "build", "-o", particle, "github.com/particle-os/particle/cmd/particle")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		fmt.Fprintf(os.Stderr, "building particle: %v\n%s", err, out)
+	_, err = program.TryEnv([]string{"CGO_ENABLED=0"}, "go", "build", "-o", particle, "github.com/particle-os/particle/cmd/particle")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	return m.Run()
@@ -132,22 +132,11 @@ func forReleases(t *testing.T, test func(t *testing.T, r release)) {
 // run runs a program and returns what it prints; it must succeed.
 func run(t testing.TB, name string, args ...string) string {
 	t.Helper()
-	out, err := try(name, args...)
+	out, err := program.Try(name, args...)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return out
-}
-
-func try(name string, args ...string) (string, error) {
-	var stdout, stderr strings.Builder
-	cmd := exec.Command(name, args...)
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	cmd.WaitDelay = 5 * time.Second
-	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("%s %s: %v\n%s%s", filepath.Base(name), strings.Join(args, " "), err, stdout.String(), stderr.String())
-	}
-	return stdout.String(), nil
 }
 
 // eventually waits until something holds.
@@ -183,7 +172,7 @@ func mountsBelow(dir string) (targets []string, err error) {
 func unmountBelow(dir string) error {
 	targets, err := mountsBelow(dir)
 	for _, target := range targets {
-		_, uerr := try("umount", "--lazy", target)
+		_, uerr := program.Try("umount", "--lazy", target)
 		err = errors.Join(err, uerr)
 	}
 	return err
