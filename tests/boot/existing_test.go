@@ -53,15 +53,15 @@ func TestExistingRoot(t *testing.T) {
 
 	// GRUB comes from the system itself, as grub-pc's installation has it.
 	m := startConfig(t, vm.Config{
-		Firmware: vm.Direct, Kernel: kernel, Initrd: initrd, Append: "root=/dev/vda2 rw console=ttyS0",
+		Firmware: vm.Direct, Kernel: kernel, Initrd: initrd, Append: "root=/dev/vda2 rw console=ttyS0 " + deviceTimeout,
 		Disks: []vm.Disk{{File: disk}}, Unsafe: true,
 	})
 	m.login()
 	m.sh(`set -e
 		grub-install --target=i386-pc /dev/vda
-		printf 'GRUB_CMDLINE_LINUX=console=ttyS0\nGRUB_TIMEOUT=1\nGRUB_TERMINAL=serial\n' >/etc/default/grub
+		printf 'GRUB_CMDLINE_LINUX="console=ttyS0 %s"\nGRUB_TIMEOUT=1\nGRUB_TERMINAL=serial\n' >/etc/default/grub
 		update-grub
-		echo old >/home/old-file`)
+		echo old >/home/old-file`, deviceTimeout)
 	m.off()
 
 	m = start(t, l, vm.Disk{File: disk})
@@ -69,7 +69,7 @@ func TestExistingRoot(t *testing.T) {
 	m.fails("particle hostdeploy status", "not a system that Particle deployed")
 	reference := push(t, "server", "existing")
 	m.registry()
-	m.sh("particle hostdeploy install to-existing-root --image %s --karg console=ttyS0", reference)
+	m.sh("particle hostdeploy install to-existing-root --image %s --karg console=ttyS0 --karg %s", reference, deviceTimeout)
 	m.reboot()
 	m.good()
 	s := m.status()

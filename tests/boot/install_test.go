@@ -9,8 +9,11 @@ import (
 	"github.com/particle-os/particle/tests/boot/vm"
 )
 
-// machineArgs are the kernel arguments that every installation of the tests gets.
-var machineArgs = []string{"console=ttyS0", "panic=10"}
+// machineArgs are the kernel arguments that every installation of the tests gets. On a busy
+// machine, disks take longer to appear than the minute and a half that systemd gives them.
+var machineArgs = []string{"console=ttyS0", "panic=10", deviceTimeout}
+
+const deviceTimeout = "systemd.default_device_timeout_sec=600"
 
 // install installs the server to a new disk's file and returns it.
 func install(t testing.TB, l loader, file string, more ...string) {
