@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -203,19 +202,7 @@ func TestOnce(t *testing.T) {
 		run(t, w.particle("mount", ref, mnt))
 		defer func() { run(t, w.particle("umount", mnt)) }()
 
-		const name = "usr/lib/big"
-		if err := dropCache(filepath.Join(mnt, name)); err != nil {
-			t.Fatal(err)
-		}
-		if n := residentPages(t, filepath.Join(merged, name)); n != 0 {
-			t.Fatalf("%d pages of %s are in memory before anybody reads it", n, name)
-		}
-		if raw, err := os.ReadFile(filepath.Join(merged, name)); err != nil || len(raw) != bigFile {
-			t.Fatalf("podman's container reads %d bytes, %v", len(raw), err)
-		}
-		if got, want := residentPages(t, filepath.Join(mnt, name)), bigFile/os.Getpagesize(); got != want {
-			t.Errorf("after podman's container read it, %d of %d pages are in memory for the other mount", got, want)
-		}
+		inMemoryOnce(t, w.store, []view{{"podman", merged}, {"the other mount", mnt}})
 	})
 }
 
@@ -229,27 +216,6 @@ func diskUse(dirs ...string) (int64, error) {
 	var n int64
 	_, err = fmt.Sscan(lines[len(lines)-1], &n)
 	return n, err
-}
-
-// dropCache writes a file's pages back and drops them from memory. A file of an
-// overlay takes several tries: it hands the request to the layer below.
-func dropCache(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	for range 20 {
-		unix.Sync()
-		if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("1"), 0); err != nil {
-			return err
-		}
-		if n, err := resident(f); err != nil || n == 0 {
-			return err
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	return fmt.Errorf("%s stays in memory", path)
 }
 
 func residentPages(t *testing.T, path string) int {

@@ -222,6 +222,7 @@ func inMemoryOnce(t *testing.T, store string, views []view) {
 	slices.SortFunc(files, func(a, b file) int { return cmp.Or(cmp.Compare(b.size, a.size), cmp.Compare(a.path, b.path)) })
 	files = files[:min(len(files), 4*len(views))]
 	var bytes int64
+	tried := 0
 	for i, f := range files {
 		reader := views[i%len(views)]
 		want, err := digestOf(filepath.Join(reader.root, f.path))
@@ -229,9 +230,11 @@ func inMemoryOnce(t *testing.T, store string, views []view) {
 			t.Fatal(err)
 		}
 		object := filepath.Join(store, "objects", want.Path())
-		if err := dropFile(object); err != nil {
-			t.Errorf("%s: %v", f.path, err)
+		if err := dropFile(object); errors.Is(err, errMapped) {
+			t.Logf("%s: %v", f.path, err)
 			continue
+		} else if err != nil {
+			t.Fatal(err)
 		}
 		if _, err := digestOf(filepath.Join(reader.root, f.path)); err != nil {
 			t.Fatal(err)
@@ -250,8 +253,12 @@ func inMemoryOnce(t *testing.T, store string, views []view) {
 			t.Errorf("%d of %d pages of the object of %s are in memory", n, pages, f.path)
 		}
 		bytes += f.size
+		tried++
 	}
-	t.Logf("%d files with %.1f MiB: read by one, in memory for all %d", len(files), mib(bytes), len(views))
+	t.Logf("%d files with %.1f MiB: read by one, in memory for all %d", tried, mib(bytes), len(views))
+	if tried < len(views) {
+		t.Errorf("%d of %d files could be tried", tried, len(files))
+	}
 }
 
 // digestOf reads a file.
@@ -265,6 +272,9 @@ func digestOf(path string) (fsverity.Digest, error) {
 	return d, err
 }
 
+// errMapped: somebody runs a file, as the containers do their libc.
+var errMapped = errors.New("pages stay in memory")
+
 // dropFile has the kernel forget the pages of a file.
 func dropFile(path string) error {
 	f, err := os.Open(path)
@@ -277,7 +287,7 @@ func dropFile(path string) error {
 	}
 	n, err := resident(f)
 	if err == nil && n > 0 {
-		err = fmt.Errorf("%d pages of %s stay in memory", n, path)
+		err = fmt.Errorf("%w: %d of %s", errMapped, n, path)
 	}
 	return err
 }
