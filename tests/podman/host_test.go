@@ -292,20 +292,33 @@ func dropFile(path string) error {
 	return err
 }
 
-// TestServer is TestAgain with the server example.
+// TestServer is TestAgain and TestImageStore with the server example.
 func TestServer(t *testing.T) {
 	if os.Getenv("PARTICLE_TEST_PODMAN") != "all" {
 		t.Skip("takes minutes; PARTICLE_TEST_PODMAN=all runs it")
 	}
-	forEach(t, func(t *testing.T, rel release) {
+	withEach(t, func(t *testing.T, rel release) {
 		from, _ := publishedServer(t)
-		ref, _, _ := publish(t, rel, from)
-		again(t, rel, subject{
-			ref: ref, layers: len(layerDigests(t, ref)), size: 300 << 20,
-			build: "mv /usr/share/doc/bash /usr/share/moved && rm -r /usr/share/doc/systemd /usr/lib/udev && mkdir /usr/lib/udev && " +
-				"touch -d @1600000000 /usr/share/doc /usr/share /usr/share/moved /usr/lib /usr/lib/udev && echo built > /etc/built && touch -d @1600000000 /etc/built /etc",
-			change: "rm -r /usr/share/perl5 /usr/share/doc/coreutils; touch -d @1600000000 /usr/share /usr/share/doc /etc/x /etc",
-			most:   1 << 20, // what is moved is copied
-		})
+		layers := len(layerDigests(t, from))
+		if !rel.forgets() {
+			ref, _, _ := publish(t, rel, from)
+			again(t, rel, subject{
+				ref: ref, layers: layers, size: 300 << 20,
+				build: "mv /usr/share/doc/bash /usr/share/moved && rm -r /usr/share/doc/systemd /usr/lib/udev && mkdir /usr/lib/udev && " +
+					"touch -d @1600000000 /usr/share/doc /usr/share /usr/share/moved /usr/lib /usr/lib/udev && echo built > /etc/built && touch -d @1600000000 /etc/built /etc",
+				change: "rm -r /usr/share/perl5 /usr/share/doc/coreutils; touch -d @1600000000 /usr/share /usr/share/doc /etc/x /etc",
+				most:   1 << 20, // what is moved is copied
+			})
+		}
+		if rel.takesImages() {
+			w, images := imageStoreOf(t, rel, from)
+			onImageStore(t, w, images, subject{
+				ref: from, layers: layers,
+				look:   "cat /etc/os-release; find /usr -type f | wc -l; mv /usr/share/doc/bash /usr/share/moved && ls /usr/share/moved",
+				build:  "rm -r /usr/share/doc/systemd && mkdir /usr/share/built && echo built > /usr/share/built/f",
+				change: "rm -r /usr/share/perl5; echo committed > /tmp/c",
+				dates:  []string{"/usr/share", "/usr/share/doc", "/usr/share/built", "/usr/share/built/f", "/tmp", "/tmp/c", "/run", "/etc"},
+			})
+		}
 	})
 }
