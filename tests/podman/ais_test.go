@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -41,14 +40,32 @@ func (e *engine) withImages(dir string) {
 // imageStore brings the generated image into a new store and an image store next to
 // it, and returns the reference in a registry and the image store.
 func imageStore(t *testing.T, rel release) (w *worker, ref, images string) {
+	t.Helper()
 	addr := serveOn(t, registry.ServeOptions{})
 	ref = addr + "/three:1"
 	put(t, threeLayers(t), ref)
+	w, images = imageStoreOf(t, rel, ref)
+	return w, ref, images
+}
+
+// imageStoreOf does so with an image that a registry has.
+func imageStoreOf(t *testing.T, rel release, ref string) (w *worker, images string) {
+	t.Helper()
 	w = newWorker(t, rel)
 	run(t, w.particle("pull", "--insecure", ref, ref))
 	images = filepath.Join(w.dir, "images")
 	run(t, w.particle("export", ref, "podman-store:"+images))
-	return w, ref, images
+	return w, images
+}
+
+// undated gives paths of a tree the dates that another one has for them: of what the
+// commands of a test made, and when.
+func undated(tr, dates *tree.Tree, paths []string) {
+	for _, path := range paths {
+		if a, b := dates.Lookup(path), tr.Lookup(path); a != nil && b != nil {
+			b.MtimeSec, b.MtimeNsec = a.MtimeSec, a.MtimeNsec
+		}
+	}
 }
 
 // TestImageStore: podman runs an image that it never pulled, sees what plain podman
@@ -59,76 +76,81 @@ func TestImageStore(t *testing.T) {
 			t.Skip("podman before 5.4 wants to write to additional image stores")
 		}
 		w, ref, images := imageStore(t, rel)
-		w.withImages(images)
-		plain := newEngine(t, rel, "")
-		plain.podman("pull", "-q", ref)
-
-		if got, want := w.podman("image", "inspect", "--format", "{{.Id}} {{.RootFS.Layers}}", ref), plain.podman("image", "inspect", "--format", "{{.Id}} {{.RootFS.Layers}}", ref); got != want {
-			t.Errorf("got image %s, want %s", got, want)
-		}
-		same := func(what, image string, undated ...string) {
-			t.Helper()
-			want, got := plain.shows(image), w.shows(image)
-			// Plain podman gives "/" mode 0555 whatever a layer says of it; here it has the
-			// layer's, as with containerd.
-			want.Root.Mode = got.Root.Mode
-			for _, path := range undated {
-				if a, b := want.Lookup(path), got.Lookup(path); a != nil && b != nil {
-					b.MtimeSec, b.MtimeNsec = a.MtimeSec, a.MtimeNsec
-				}
-			}
-			for _, c := range tree.Diff(want, got) {
-				t.Errorf("%s: %s: %s (plain podman first)", what, c.Path, c.What)
-			}
-		}
-		same("run", ref)
-		script := "cat /usr/share/gone/again; mv /usr/share/kept /usr/share/moved && rm /usr/lib/big && ls /usr/share/moved"
-		if want, got := plain.podman("run", "--rm", ref, "sh", "-c", script), w.podman("run", "--rm", ref, "sh", "-c", script); got != want || got == "" {
-			t.Errorf("plain podman: %q, with the image store: %q", want, got)
-		}
-		if n, files := w.layerBytes(); n != 0 {
-			t.Errorf("podman keeps %d bytes of layers itself: %q", n, files)
-		}
-
-		// Built upon, committed.
-		dir := sharedDir(t)
-		write(t, filepath.Join(dir, "Containerfile"), "FROM "+ref+"\nRUN rm /usr/lib/second && mkdir /usr/share/built && echo built > /usr/share/built/f\n")
-		for _, e := range []*engine{plain, w.engine} {
-			e.podman("build", "-q", "-t", "localhost/built", dir)
-			e.podman("run", "--name", "c", ref, "sh", "-c", "rm -r /usr/share/new-name; echo committed > /tmp/c")
-			e.podman("commit", "-q", "c", "localhost/committed")
-			e.podman("rm", "c")
-		}
-		undated := []string{"/usr/lib", "/usr/share", "/usr/share/built", "/usr/share/built/f", "/tmp", "/tmp/c", "/run", "/etc"}
-		same("build", "localhost/built", undated...)
-		same("commit", "localhost/committed", undated...)
-
-		// Pushed and saved: the very layers.
-		for _, e := range []*engine{plain, w.engine} {
-			e.podman("push", "-q", ref, "dir:"+filepath.Join(e.dir, "pushed"))
-			e.podman("push", "-q", "localhost/built", "dir:"+filepath.Join(e.dir, "pushed-built"))
-		}
-		want, got := pushedLayers(t, filepath.Join(plain.dir, "pushed")), pushedLayers(t, filepath.Join(w.dir, "pushed"))
-		if !slices.Equal(got, want) || len(got) != 3 {
-			t.Errorf("pushed: got layers %q, want %q", got, want)
-		}
-		if got := pushedLayers(t, filepath.Join(w.dir, "pushed-built")); len(got) != 4 || !slices.Equal(got[:3], want) {
-			t.Errorf("pushed what was built: got layers %q, want %q and one more", got, want)
-		}
-		w.podman("save", "-q", "--format=oci-archive", "-o", filepath.Join(w.dir, "saved.tar"), ref)
-
-		// Nobody removes it but us; then podman does not know it, and its own goes on.
-		if _, _, err := try(w.command("rmi", ref)); err == nil {
-			t.Error("podman removed an image of the image store")
-		}
-		w.podman("rmi", "localhost/built", "localhost/committed")
-		w.podman("system", "prune", "--force")
-		same("after prune", ref)
-		run(t, w.particle("export", "--remove", ref, "podman-store:"+images))
-		if out := w.podman("images", "-q"); out != "" {
-			t.Errorf("after it was removed podman has images %q", out)
-		}
+		onImageStore(t, w, images, subject{
+			ref: ref, layers: 3,
+			look:   "cat /usr/share/gone/again; mv /usr/share/kept /usr/share/moved && rm /usr/lib/big && ls /usr/share/moved",
+			build:  "rm /usr/lib/second && mkdir /usr/share/built && echo built > /usr/share/built/f",
+			change: "rm -r /usr/share/new-name; echo committed > /tmp/c",
+			dates:  []string{"/usr/lib", "/usr/share", "/usr/share/built", "/usr/share/built/f", "/tmp", "/tmp/c", "/run", "/etc"},
+		})
 	})
+}
+
+func onImageStore(t *testing.T, w *worker, images string, s subject) {
+	ref := s.ref
+	w.withImages(images)
+	plain := newEngine(t, w.rel, "")
+	plain.podman("pull", "-q", ref)
+
+	if got, want := w.podman("image", "inspect", "--format", "{{.Id}} {{.RootFS.Layers}}", ref), plain.podman("image", "inspect", "--format", "{{.Id}} {{.RootFS.Layers}}", ref); got != want {
+		t.Errorf("got image %s, want %s", got, want)
+	}
+	same := func(what, image string, dates ...string) {
+		t.Helper()
+		want, got := plain.shows(image), w.shows(image)
+		// Plain podman gives "/" mode 0555 whatever a layer says of it; here it has the
+		// layer's, as with containerd.
+		want.Root.Mode = got.Root.Mode
+		undated(got, want, dates)
+		for _, c := range tree.Diff(want, got) {
+			t.Errorf("%s: %s: %s (plain podman first)", what, c.Path, c.What)
+		}
+	}
+	same("run", ref)
+	if want, got := plain.podman("run", "--rm", ref, "sh", "-c", s.look), w.podman("run", "--rm", ref, "sh", "-c", s.look); got != want || got == "" {
+		t.Errorf("plain podman: %q, with the image store: %q", want, got)
+	}
+	if n, files := w.layerBytes(); n != 0 {
+		t.Errorf("podman keeps %d bytes of layers itself: %q", n, files)
+	}
+
+	// Built upon, committed.
+	dir := sharedDir(t)
+	write(t, filepath.Join(dir, "Containerfile"), "FROM "+ref+"\nRUN "+s.build+"\n")
+	for _, e := range []*engine{plain, w.engine} {
+		e.podman("build", "-q", "-t", "localhost/built", dir)
+		e.podman("run", "--name", "c", ref, "sh", "-c", s.change)
+		e.podman("commit", "-q", "c", "localhost/committed")
+		e.podman("rm", "c")
+	}
+	same("build", "localhost/built", s.dates...)
+	same("commit", "localhost/committed", s.dates...)
+
+	// Pushed and saved: the very layers.
+	for _, e := range []*engine{plain, w.engine} {
+		e.podman("push", "-q", ref, "dir:"+filepath.Join(e.dir, "pushed"))
+		e.podman("push", "-q", "localhost/built", "dir:"+filepath.Join(e.dir, "pushed-built"))
+	}
+	want, got := pushedLayers(t, filepath.Join(plain.dir, "pushed")), pushedLayers(t, filepath.Join(w.dir, "pushed"))
+	if !slices.Equal(got, want) || len(got) != s.layers {
+		t.Errorf("pushed: got layers %q, want %q", got, want)
+	}
+	if got := pushedLayers(t, filepath.Join(w.dir, "pushed-built")); len(got) != s.layers+1 || !slices.Equal(got[:s.layers], want) {
+		t.Errorf("pushed what was built: got layers %q, want %q and one more", got, want)
+	}
+	w.podman("save", "-q", "--format=oci-archive", "-o", filepath.Join(w.dir, "saved.tar"), ref)
+
+	// Nobody removes it but us; then podman does not know it, and its own goes on.
+	if _, _, err := try(w.command("rmi", ref)); err == nil {
+		t.Error("podman removed an image of the image store")
+	}
+	w.podman("rmi", "localhost/built", "localhost/committed")
+	w.podman("system", "prune", "--force")
+	same("after prune", ref)
+	run(t, w.particle("export", "--remove", ref, "podman-store:"+images))
+	if out := w.podman("images", "-q"); out != "" {
+		t.Errorf("after it was removed podman has images %q", out)
+	}
 }
 
 // shows reads what a container of an image sees, while it runs.
@@ -203,19 +225,7 @@ func TestOnce(t *testing.T) {
 		run(t, w.particle("mount", ref, mnt))
 		defer func() { run(t, w.particle("umount", mnt)) }()
 
-		const name = "usr/lib/big"
-		if err := dropCache(filepath.Join(mnt, name)); err != nil {
-			t.Fatal(err)
-		}
-		if n := residentPages(t, filepath.Join(merged, name)); n != 0 {
-			t.Fatalf("%d pages of %s are in memory before anybody reads it", n, name)
-		}
-		if raw, err := os.ReadFile(filepath.Join(merged, name)); err != nil || len(raw) != bigFile {
-			t.Fatalf("podman's container reads %d bytes, %v", len(raw), err)
-		}
-		if got, want := residentPages(t, filepath.Join(mnt, name)), bigFile/os.Getpagesize(); got != want {
-			t.Errorf("after podman's container read it, %d of %d pages are in memory for the other mount", got, want)
-		}
+		inMemoryOnce(t, w.store, []view{{"podman", merged}, {"the other mount", mnt}})
 	})
 }
 
@@ -229,27 +239,6 @@ func diskUse(dirs ...string) (int64, error) {
 	var n int64
 	_, err = fmt.Sscan(lines[len(lines)-1], &n)
 	return n, err
-}
-
-// dropCache writes a file's pages back and drops them from memory. A file of an
-// overlay takes several tries: it hands the request to the layer below.
-func dropCache(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	for range 20 {
-		unix.Sync()
-		if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("1"), 0); err != nil {
-			return err
-		}
-		if n, err := resident(f); err != nil || n == 0 {
-			return err
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	return fmt.Errorf("%s stays in memory", path)
 }
 
 func residentPages(t *testing.T, path string) int {

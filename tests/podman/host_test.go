@@ -222,6 +222,7 @@ func inMemoryOnce(t *testing.T, store string, views []view) {
 	slices.SortFunc(files, func(a, b file) int { return cmp.Or(cmp.Compare(b.size, a.size), cmp.Compare(a.path, b.path)) })
 	files = files[:min(len(files), 4*len(views))]
 	var bytes int64
+	tried := 0
 	for i, f := range files {
 		reader := views[i%len(views)]
 		want, err := digestOf(filepath.Join(reader.root, f.path))
@@ -229,9 +230,11 @@ func inMemoryOnce(t *testing.T, store string, views []view) {
 			t.Fatal(err)
 		}
 		object := filepath.Join(store, "objects", want.Path())
-		if err := dropFile(object); err != nil {
-			t.Errorf("%s: %v", f.path, err)
+		if err := dropFile(object); errors.Is(err, errMapped) {
+			t.Logf("%s: %v", f.path, err)
 			continue
+		} else if err != nil {
+			t.Fatal(err)
 		}
 		if _, err := digestOf(filepath.Join(reader.root, f.path)); err != nil {
 			t.Fatal(err)
@@ -250,8 +253,12 @@ func inMemoryOnce(t *testing.T, store string, views []view) {
 			t.Errorf("%d of %d pages of the object of %s are in memory", n, pages, f.path)
 		}
 		bytes += f.size
+		tried++
 	}
-	t.Logf("%d files with %.1f MiB: read by one, in memory for all %d", len(files), mib(bytes), len(views))
+	t.Logf("%d files with %.1f MiB: read by one, in memory for all %d", tried, mib(bytes), len(views))
+	if tried < len(views) {
+		t.Errorf("%d of %d files could be tried", tried, len(files))
+	}
 }
 
 // digestOf reads a file.
@@ -265,6 +272,9 @@ func digestOf(path string) (fsverity.Digest, error) {
 	return d, err
 }
 
+// errMapped: somebody runs a file, as the containers do their libc.
+var errMapped = errors.New("pages stay in memory")
+
 // dropFile has the kernel forget the pages of a file.
 func dropFile(path string) error {
 	f, err := os.Open(path)
@@ -277,25 +287,38 @@ func dropFile(path string) error {
 	}
 	n, err := resident(f)
 	if err == nil && n > 0 {
-		err = fmt.Errorf("%d pages of %s stay in memory", n, path)
+		err = fmt.Errorf("%w: %d of %s", errMapped, n, path)
 	}
 	return err
 }
 
-// TestServer is TestAgain with the server example.
+// TestServer is TestAgain and TestImageStore with the server example.
 func TestServer(t *testing.T) {
 	if os.Getenv("PARTICLE_TEST_PODMAN") != "all" {
 		t.Skip("takes minutes; PARTICLE_TEST_PODMAN=all runs it")
 	}
-	forEach(t, func(t *testing.T, rel release) {
+	withEach(t, func(t *testing.T, rel release) {
 		from, _ := publishedServer(t)
-		ref, _, _ := publish(t, rel, from)
-		again(t, rel, subject{
-			ref: ref, layers: len(layerDigests(t, ref)), size: 300 << 20,
-			build: "mv /usr/share/doc/bash /usr/share/moved && rm -r /usr/share/doc/systemd /usr/lib/udev && mkdir /usr/lib/udev && " +
-				"touch -d @1600000000 /usr/share/doc /usr/share /usr/share/moved /usr/lib /usr/lib/udev && echo built > /etc/built && touch -d @1600000000 /etc/built /etc",
-			change: "rm -r /usr/share/perl5 /usr/share/doc/coreutils; touch -d @1600000000 /usr/share /usr/share/doc /etc/x /etc",
-			most:   1 << 20, // what is moved is copied
-		})
+		layers := len(layerDigests(t, from))
+		if !rel.forgets() {
+			ref, _, _ := publish(t, rel, from)
+			again(t, rel, subject{
+				ref: ref, layers: layers, size: 300 << 20,
+				build: "mv /usr/share/doc/bash /usr/share/moved && rm -r /usr/share/doc/systemd /usr/lib/udev && mkdir /usr/lib/udev && " +
+					"touch -d @1600000000 /usr/share/doc /usr/share /usr/share/moved /usr/lib /usr/lib/udev && echo built > /etc/built && touch -d @1600000000 /etc/built /etc",
+				change: "rm -r /usr/share/perl5 /usr/share/doc/coreutils; touch -d @1600000000 /usr/share /usr/share/doc /etc/x /etc",
+				most:   1 << 20, // what is moved is copied
+			})
+		}
+		if rel.takesImages() {
+			w, images := imageStoreOf(t, rel, from)
+			onImageStore(t, w, images, subject{
+				ref: from, layers: layers,
+				look:   "cat /etc/os-release; find /usr -type f | wc -l; mv /usr/share/doc/bash /usr/share/moved && ls /usr/share/moved",
+				build:  "rm -r /usr/share/doc/systemd && mkdir /usr/share/built && echo built > /usr/share/built/f",
+				change: "rm -r /usr/share/perl5; echo committed > /tmp/c",
+				dates:  []string{"/usr/share", "/usr/share/doc", "/usr/share/built", "/usr/share/built/f", "/tmp", "/tmp/c", "/run", "/etc"},
+			})
+		}
 	})
 }

@@ -105,6 +105,7 @@ type logBuffer struct {
 	mu    sync.Mutex
 	text  bytes.Buffer
 	word  string
+	from  int // where in text to look for word
 	heard chan struct{}
 }
 
@@ -113,7 +114,7 @@ func (b *logBuffer) Write(p []byte) (int, error) {
 	defer b.mu.Unlock()
 	b.text.Write(p)
 	b.t.Log(strings.TrimSpace(string(p)))
-	if b.heard != nil && bytes.Contains(p, []byte(b.word)) {
+	if b.heard != nil && bytes.Contains(b.text.Bytes()[b.from:], []byte(b.word)) {
 		close(b.heard)
 		b.heard = nil
 	}
@@ -124,7 +125,7 @@ func (b *logBuffer) Write(p []byte) (int, error) {
 func (b *logBuffer) wait(word string) <-chan struct{} {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.word, b.heard = word, make(chan struct{})
+	b.word, b.from, b.heard = word, b.text.Len(), make(chan struct{})
 	return b.heard
 }
 

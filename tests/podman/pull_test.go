@@ -115,14 +115,21 @@ func TestPull(t *testing.T) {
 	})
 }
 
-// A subject is an image for [again], with commands that delete, rename and add.
+// A subject is an image for [again] and [onImageStore], with commands that delete,
+// rename and add.
 type subject struct {
 	ref    string
 	layers int
-	size   int64  // that an archive has at least
-	build  string // a step of a Containerfile; what it makes it also dates
+	build  string // a step of a Containerfile
 	change string // in a container that is committed
-	most   int64  // bytes of files that the two make
+
+	// For again, where build and change also date what they make:
+	size int64 // that an archive has at least
+	most int64 // bytes of files that build and change make
+
+	// For onImageStore:
+	look  string   // in a container that is removed
+	dates []string // paths that build and change date
 }
 
 // TestAgain: push, save, build, commit and prune, compared with plain podman.

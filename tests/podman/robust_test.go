@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -157,14 +158,10 @@ func (e *engine) rawExec(name string, args ...string) string {
 // TestFallback: what cannot be had, podman pulls itself, or says why it cannot.
 func TestFallback(t *testing.T) {
 	rel := host(t)
-	denied := false
-	var mu sync.Mutex
+	var denied atomic.Bool
 	addr, _, stop := serve(t, registry.ServeOptions{Wrap: func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			mu.Lock()
-			deny := denied && !strings.Contains(r.UserAgent(), "containers")
-			mu.Unlock()
-			if deny { // for everybody but podman
+			if denied.Load() && !strings.Contains(r.UserAgent(), "containers") { // all but podman
 				w.Header().Set("WWW-Authenticate", `Basic realm="test"`)
 				w.WriteHeader(http.StatusUnauthorized)
 				return
@@ -191,7 +188,7 @@ func TestFallback(t *testing.T) {
 	own(e)
 
 	// The registry does not let the service in.
-	denied = true
+	denied.Store(true)
 	l.start()
 	e = newEngine(t, rel, l.dir)
 	e.quietly("pull", "-q", ref)
@@ -199,9 +196,7 @@ func TestFallback(t *testing.T) {
 	if !l.log.contains("access denied") {
 		t.Error("the service does not say that access was denied")
 	}
-	mu.Lock()
-	denied = false
-	mu.Unlock()
+	denied.Store(false)
 	l.stop()
 	l.start()
 
