@@ -92,6 +92,14 @@ func diskUsage(dir string) (int64, error) {
 
 // discard removes what a contender left, mounts first.
 func discard(dir string) error {
+	if err := unmountBelow(dir); err != nil {
+		return err
+	}
+	return os.RemoveAll(dir)
+}
+
+// unmountBelow unmounts everything below a directory.
+func unmountBelow(dir string) error {
 	info, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		return err
@@ -105,8 +113,8 @@ func discard(dir string) error {
 	slices.Reverse(below) // the last mounted first
 	for _, m := range below {
 		if err := unix.Unmount(m, 0); err != nil {
-			return fmt.Errorf("unmounting %q, so %q is not removed: %w", m, dir, err)
+			return fmt.Errorf("unmounting %q, so that %q is not removed: %w", m, dir, err)
 		}
 	}
-	return os.RemoveAll(dir)
+	return nil
 }
