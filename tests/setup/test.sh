@@ -26,7 +26,7 @@ tests/setup/images.sh
 # tests, and the full ones run without it.
 status=0
 echo "== go test -race -short"
-"$go" test -count=1 -race -short ./... || status=1
+"$go" test -count=1 -race -short -timeout 20m ./... || status=1
 echo "== go test"
 "$go" test -count=1 -timeout 25m ./... || status=1
 # Whole systems in virtual machines; make test-boot has all of them.
