@@ -324,12 +324,6 @@ func (s *status) booted(t testing.TB) *deployment {
 	return nil
 }
 
-// version says which of the tests' images runs: what its build wrote into it.
-func (m *machine) version() string {
-	m.t.Helper()
-	return m.sh("cat /usr/share/particle-test/version")
-}
-
 // good waits until the boot has been marked good.
 func (m *machine) good() {
 	m.t.Helper()
