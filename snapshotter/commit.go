@@ -52,6 +52,9 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		return fmt.Errorf("committing snapshot %q: %w", key, err)
 	}
 	var below []string
+	if !isExtract(key) {
+		s.state.setRetiring(a.id) // before Cleanup sees that it is committed
+	}
 	err = s.write(ctx, func(ctx context.Context) error {
 		if _, err := storage.CommitActive(ctx, key, name, usageOf(t), opts...); err != nil {
 			return err
@@ -64,6 +67,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		return err
 	})
 	if err != nil {
+		s.state.takeRetiring(a.id)
 		return err
 	}
 	s.counters.commits.Add(1)
@@ -84,8 +88,9 @@ const retireDelay = 2 * time.Minute
 // retire takes away what the mounts of an active snapshot referred to, some time after
 // its commit. BuildKit asks for the mounts of a build step's result, commits that when
 // the next step begins, and only then mounts them, without its upper directory as such.
+//
+// Commit has marked the snapshot as retiring.
 func (s *Snapshotter) retire(id string) {
-	s.state.setRetiring(id)
 	s.background.Go(func() {
 		select {
 		case <-s.ctx.Done(): // the next New does it
@@ -148,6 +153,12 @@ func (s *Snapshotter) layerToCommit(ctx context.Context, a *active) (*tree.Tree,
 
 // takeUpper takes the files of an upper directory into the store, as a layer image.
 func (s *Snapshotter) takeUpper(ctx context.Context, a *active) (_ *tree.Tree, err error) {
+	if _, mounted := s.mounts.of(a.id); isExtract(a.key) && len(a.chain) > 0 && !mounted {
+		// Another differ than ours has unpacked it, and took made-up attributes for those
+		// of directories that only the layers below have.
+		s.differs.Store(false)
+		return nil, fmt.Errorf("%w: another differ than Particle's unpacked it, which was not expected: pull the image again: %w", ErrUpper, errdefs.ErrUnavailable)
+	}
 	txn, err := s.store.Begin(ctx)
 	if err != nil {
 		return nil, err

@@ -44,13 +44,15 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		}
 	}
 	opts = append(slices.Clone(opts), dropOurs)
-	ids, err := parseIDMap(base.Labels)
+	ids, err := idsOf(key, base.Labels)
 	if err != nil {
 		return nil, err
 	}
-	size, err := parseMaxSize(base.Labels)
-	if err != nil {
-		return nil, err
+	var size int64
+	if !isExtract(key) { // see idsOf
+		if size, err = parseMaxSize(base.Labels); err != nil {
+			return nil, err
+		}
 	}
 	defer s.lock(keyLock(key))()
 	remote := s.asked(kind, key, parent, base.Labels)
@@ -98,6 +100,9 @@ func (s *Snapshotter) record(ctx context.Context, a *active, parent string, opts
 		return err
 	}
 	made := tmp
+	// A failed record's number may be given to the next snapshot.
+	s.recording.Lock()
+	defer s.recording.Unlock()
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, os.RemoveAll(made))
@@ -240,7 +245,7 @@ func (s *Snapshotter) active(ctx context.Context, key string) (*active, error) {
 			return err
 		}
 		a.id, a.kind = snap.ID, snap.Kind
-		if a.ids, err = parseIDMap(info.Labels); err != nil {
+		if a.ids, err = idsOf(key, info.Labels); err != nil {
 			return err
 		}
 		a.staged = info.Labels[labelStaged] != ""

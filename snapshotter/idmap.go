@@ -23,6 +23,16 @@ type idMap struct {
 // An idRange maps size ids from container on to those from host on.
 type idRange struct{ container, host, size uint32 }
 
+// idsOf returns the mapping that the labels of a snapshot ask for, nil for none. A layer
+// that is being unpacked has none: before 2.4 its labels are also annotations of the
+// manifest, whose author must not decide who owns the files of everybody's layer.
+func idsOf(key string, labels map[string]string) (*idMap, error) {
+	if isExtract(key) {
+		return nil, nil
+	}
+	return parseIDMap(labels)
+}
+
 // parseIDMap returns the mapping that labels ask for, nil for none.
 func parseIDMap(labels map[string]string) (*idMap, error) {
 	m := &idMap{uid: labels[snapshots.LabelSnapshotUIDMapping], gid: labels[snapshots.LabelSnapshotGIDMapping]}

@@ -116,6 +116,9 @@ func (s *Snapshotter) image(ctx context.Context, chain []string, speculative boo
 	top := chain[len(chain)-1]
 	defer s.lock(imageLock(top))()
 	d, err = s.store.ImageDigest("refs/" + s.ref(top, mergedRef))
+	if err == nil && !speculative {
+		s.state.setSpeculative(top, false)
+	}
 	if err == nil || !errors.Is(err, store.ErrNotFound) {
 		return d, err
 	}

@@ -375,7 +375,7 @@ func (s *Snapshotter) restore(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			m, err := parseIDMap(info.Labels)
+			m, err := idsOf(info.Name, info.Labels)
 			if err != nil {
 				return err
 			}

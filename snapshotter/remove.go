@@ -95,12 +95,10 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 	if s.o.KeepGarbage || !s.state.takeGarbage() {
 		return nil
 	}
-	wait, cancel := context.WithTimeout(ctx, gcWait)
-	defer cancel()
-	stats, err := converter.GC(wait, s.store, store.GCOptions{})
+	stats, err := converter.GC(ctx, s.store, store.GCOptions{Wait: gcWait})
 	if err != nil {
 		s.state.setGarbage(true)
-		if wait.Err() != nil && ctx.Err() == nil {
+		if errors.Is(err, store.ErrBusy) {
 			s.log.Info("not collecting garbage while somebody uses the store", "store", s.store.Dir())
 			return nil
 		}

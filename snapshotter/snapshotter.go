@@ -136,6 +136,7 @@ type Snapshotter struct {
 	trees  treeCache
 	state  volatile
 
+	recording  sync.Mutex  // of new snapshots, with their directories
 	differs    atomic.Bool // our differ unpacks layers
 	background sync.WaitGroup
 	ctx        context.Context // ends with Close

@@ -406,3 +406,41 @@ func TestUserNamespace(t *testing.T) {
 	}
 	e.removeAll(t)
 }
+
+// TestUnpackedOwners: the author of an image does not decide by annotations whose files a
+// layer has, which others may have below theirs.
+func TestUnpackedOwners(t *testing.T) {
+	requireMounts(t)
+	ctx := t.Context()
+	e := mustOpen(t, t.TempDir(), snapshotter.Options{})
+	labels := snapshots.WithLabels(map[string]string{
+		snapshots.LabelSnapshotUIDMapping: "0:100000:65536",
+		snapshots.LabelSnapshotGIDMapping: "0:200000:65536",
+		snapshots.LabelSnapshotMaxSize:    "none",
+	})
+	mounts, err := e.Prepare(ctx, snapshots.UnpackKeyPrefix+"-1 layer", "", labels)
+	if err != nil {
+		t.Fatal(err)
+	}
+	upper := upperOf(t, mounts)
+	if err := os.WriteFile(filepath.Join(upper, "file"), []byte("x"), 0o4755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chown(filepath.Join(upper, "file"), 100000, 200000); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Commit(ctx, "layer", snapshots.UnpackKeyPrefix+"-1 layer"); err != nil {
+		t.Fatal(err)
+	}
+	view, err := e.View(ctx, "view", "layer")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tr := look(t, view)
+	if n := tr.Lookup("/file"); n == nil || n.UID != 100000 || n.GID != 200000 {
+		t.Errorf("the file is %+v, want the owner 100000:200000 that it was unpacked with", n)
+	}
+	if tr.Root.UID != 0 || tr.Root.GID != 0 {
+		t.Errorf("the root is of %d:%d, want 0:0", tr.Root.UID, tr.Root.GID)
+	}
+}

@@ -36,6 +36,8 @@ var (
 	ErrSize = errors.New("other size than announced")
 	// ErrDone: the transaction or the stream was ended before.
 	ErrDone = errors.New("already committed or rolled back")
+	// ErrBusy: others use the store for longer than the caller wants to wait.
+	ErrBusy = errors.New("store in use")
 )
 
 // diskFull gives an error of a full disk the name and the advice it deserves.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/particle-os/particle/converter/fsverity"
 	"golang.org/x/sys/unix"
@@ -22,6 +23,9 @@ type GCOptions struct {
 	// Roots are streams, by content id, and images, by digest in hexadecimal, that
 	// are kept as if they had names.
 	Roots []string
+	// Wait is how long to wait until nobody else uses the store; then the error is
+	// ErrBusy. 0 is as long as it takes.
+	Wait time.Duration
 }
 
 // GCStats tells what a garbage collection kept and removed (or would have).
@@ -61,7 +65,13 @@ func (s *Store) gc(ctx context.Context, o GCOptions) (st GCStats, err error) {
 	} else if s.readOnly != "" {
 		return st, fmt.Errorf("%w: %s", ErrReadOnly, s.readOnly)
 	}
-	lock, err := s.lock(ctx, how)
+	wait := ctx
+	if o.Wait > 0 {
+		var cancel context.CancelFunc
+		wait, cancel = context.WithTimeoutCause(ctx, o.Wait, ErrBusy)
+		defer cancel()
+	}
+	lock, err := s.lock(wait, how)
 	if err != nil {
 		return st, err
 	}

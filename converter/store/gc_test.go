@@ -308,3 +308,21 @@ func TestDF(t *testing.T) {
 		t.Errorf("got %+v", u)
 	}
 }
+
+// TestGCWait: whoever does not want to wait for others is told that there are some.
+func TestGCWait(t *testing.T) {
+	s := newStore(t, fsverity.SHA256)
+	txn, err := s.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.GC(t.Context(), GCOptions{Wait: 50 * time.Millisecond}); !errors.Is(err, ErrBusy) {
+		t.Errorf("beside a transaction: got %v, want ErrBusy", err)
+	}
+	if err := txn.Rollback(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.GC(t.Context(), GCOptions{Wait: time.Minute}); err != nil {
+		t.Error(err)
+	}
+}
