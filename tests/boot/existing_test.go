@@ -61,6 +61,7 @@ func TestExistingRoot(t *testing.T) {
 		grub-install --target=i386-pc /dev/vda
 		printf 'GRUB_CMDLINE_LINUX="console=ttyS0 %s"\nGRUB_TIMEOUT=1\nGRUB_TERMINAL=serial\n' >/etc/default/grub
 		update-grub
+		echo '/dev/vda2 / ext4 defaults 0 1' >/etc/fstab
 		echo old >/home/old-file`, deviceTimeout)
 	m.off()
 
