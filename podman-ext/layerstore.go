@@ -78,6 +78,7 @@ type LayerStore struct {
 	building int                  // calls that are about to add entries
 	leases   map[string]time.Time // by diffID: fetched ahead, kept until then
 	dirty    bool                 // there may be something to sweep
+	unread   map[Key]bool         // layers that are there, but that cannot be read; Digest "" is a whole image
 	images   map[string]*resolved // by reference
 	fetching *semaphore.Weighted
 	busy     sync.WaitGroup // flights
@@ -89,7 +90,7 @@ type LayerStore struct {
 func OpenLayerStore(o LayerStoreOptions) (_ *LayerStore, err error) {
 	s := &LayerStore{
 		o: o, log: o.Log,
-		entries: map[Key]*entry{}, flights: map[string]*flight{}, leases: map[string]time.Time{}, images: map[string]*resolved{},
+		entries: map[Key]*entry{}, flights: map[string]*flight{}, leases: map[string]time.Time{}, images: map[string]*resolved{}, unread: map[Key]bool{},
 		fetching: semaphore.NewWeighted(maxFetches),
 	}
 	if s.log == nil {
@@ -134,6 +135,10 @@ func OpenLayerStore(o LayerStoreOptions) (_ *LayerStore, err error) {
 		s.stop()
 		return nil, errors.Join(err, s.root.Close())
 	}
+	if len(s.unread) > 0 {
+		s.log.Warn("some layers cannot be read, and may be in use: until they can, mounts and names in the store are kept that nothing seems to need"+
+			"; stop all containers and the service, then remove these directories", "layers", s.unreadPaths())
+	}
 	s.attach()
 	s.dirty = true // whatever a killed process was about to do
 	s.sweep()
@@ -154,10 +159,20 @@ func (s *LayerStore) end() {
 	s.sweep()
 }
 
+// unreadPaths lists the directories of the layers that cannot be read.
+func (s *LayerStore) unreadPaths() (paths []string) {
+	for key := range s.unread {
+		paths = append(paths, filepath.Join(s.o.Dir, key.path()))
+	}
+	slices.Sort(paths)
+	return paths
+}
+
 // sweep takes mounts away and names in the store that nothing in the tree needs, unless
-// somebody is about to add something. s.mu is held.
+// somebody is about to add something, or it is not known what the tree needs. s.mu is
+// held.
 func (s *LayerStore) sweep() {
-	if !s.dirty || s.building > 0 || s.ctx.Err() != nil {
+	if !s.dirty || s.building > 0 || len(s.unread) > 0 || s.ctx.Err() != nil {
 		return
 	}
 	s.dirty = false

@@ -109,14 +109,20 @@ func (s *LayerStore) readEntries() error {
 		}
 		layers, err := fs.ReadDir(s.root.FS(), r.Name())
 		if err != nil {
-			s.log.Warn("not an image in the layer store", "image", ref, "error", err)
+			s.log.Warn("reading an image of the layer store", "image", ref, "error", err)
+			s.unread[Key{Ref: ref}] = true
 			continue
 		}
 		for _, l := range layers {
 			key := Key{ref, l.Name()}
+			if err := checkDigest(key.Digest); err != nil {
+				s.log.Warn("not a layer in the layer store", "image", ref, "error", err)
+				continue
+			}
 			e, err := s.readEntry(key)
 			if err != nil {
-				s.log.Warn("not a layer in the layer store", "image", ref, "layer", l.Name(), "error", err)
+				s.log.Warn("reading a layer of the layer store", "image", ref, "layer", l.Name(), "error", err)
+				s.unread[key] = true
 				continue
 			}
 			s.entries[key] = e
@@ -126,9 +132,6 @@ func (s *LayerStore) readEntries() error {
 }
 
 func (s *LayerStore) readEntry(key Key) (*entry, error) {
-	if err := checkDigest(key.Digest); err != nil {
-		return nil, err
-	}
 	raw, err := s.root.ReadFile(path.Join(key.path(), infoName))
 	if err != nil {
 		return nil, err

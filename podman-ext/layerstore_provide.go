@@ -197,6 +197,7 @@ func (s *LayerStore) enter(e *entry) (Layer, error) {
 		return Layer{}, err
 	}
 	s.entries[e.key] = e
+	delete(s.unread, e.key)
 	delete(s.leases, e.info.DiffID)
 	s.dirty = true
 	return e.layer(), nil

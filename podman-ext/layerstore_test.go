@@ -366,6 +366,55 @@ func TestInterrupt(t *testing.T) {
 	}
 }
 
+// TestUnread: as long as a layer cannot be read, what it may need is kept.
+func TestUnread(t *testing.T) {
+	e := newEnv(t)
+	img := image(t, []string{"a"}, []string{"b"})
+	e.source.images[testRef] = img
+	for _, digest := range img.layers {
+		if _, err := e.Provide(t.Context(), Key{testRef, digest}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	counts := func() (names, mounts int) {
+		refs, err := e.o.Store.StreamRefs(e.prefix)
+		if err != nil {
+			t.Fatal(err)
+		}
+		left, err := filepath.Glob(filepath.Join(e.o.Mounts, "[^.]*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(refs), len(left)
+	}
+	if err := e.Detach(); err != nil {
+		t.Fatal(err)
+	}
+	hurt := Key{testRef, img.layers[0]}
+	if err := os.WriteFile(filepath.Join(e.o.Dir, hurt.path(), infoName), []byte("{"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	e.o.Log = slog.New(slog.NewTextHandler(&log, nil))
+	e.open()
+	if names, mounts := counts(); names != 2 || mounts != 2 {
+		t.Errorf("a layer cannot be read: %d names and %d mounts are left, want 2 and 2", names, mounts)
+	}
+	if !strings.Contains(log.String(), hurt.path()) {
+		t.Errorf("the log does not name the layer:\n%s", log.String())
+	}
+	// Writing it anew makes it known again, and what nobody uses may go.
+	if _, err := e.Provide(t.Context(), hurt); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Release(hurt); err != nil {
+		t.Fatal(err)
+	}
+	if names, mounts := counts(); names != 1 || mounts != 1 {
+		t.Errorf("after all can be read: %d names and %d mounts are left, want 1 and 1", names, mounts)
+	}
+}
+
 func TestBusy(t *testing.T) {
 	e := newEnv(t)
 	if _, err := OpenLayerStore(e.o); !errors.Is(err, ErrBusy) {
