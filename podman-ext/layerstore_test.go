@@ -23,6 +23,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sys/unix"
 
+	"github.com/particle-os/particle/converter/fsverity"
 	"github.com/particle-os/particle/converter/mount"
 	"github.com/particle-os/particle/converter/store"
 )
@@ -413,6 +414,37 @@ func TestUnread(t *testing.T) {
 	if names, mounts := counts(); names != 1 || mounts != 1 {
 		t.Errorf("after all can be read: %d names and %d mounts are left, want 1 and 1", names, mounts)
 	}
+}
+
+// TestFlightCancelled: who comes after a flight was given up gets one of its own.
+func TestFlightCancelled(t *testing.T) {
+	s := &LayerStore{ctx: t.Context(), flights: map[string]*flight{}, images: map[string]*resolved{}}
+	img := &resolved{users: 1}
+	end := make(chan bool)
+	fly := func(work func(context.Context) (fsverity.Digest, error)) *flight {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.fly("x", img, work)
+	}
+	first := fly(func(ctx context.Context) (fsverity.Digest, error) {
+		<-end // slow to notice
+		return fsverity.Digest{}, ctx.Err()
+	})
+	s.land(first)
+	second := fly(func(ctx context.Context) (fsverity.Digest, error) {
+		<-first.done
+		return fsverity.Digest{}, ctx.Err()
+	})
+	close(end)
+	<-first.done
+	if third := fly(nil); third != second {
+		t.Error("the end of the first flight took the second one away")
+	}
+	s.land(second)
+	if _, err := second.wait(t.Context()); err != nil {
+		t.Errorf("who came later got %v", err)
+	}
+	s.land(second)
 }
 
 func TestBusy(t *testing.T) {
