@@ -1,6 +1,7 @@
 package podmanext
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/base32"
@@ -263,7 +264,7 @@ func (b *layerBuilder) objects(root tree.Stat) (string, error) {
 	dir := b.s.path("objects", fmt.Sprintf("%04o-%d-%d", mode, root.UID, root.GID))
 	err := os.Mkdir(dir, 0o700)
 	if errors.Is(err, fs.ErrExist) {
-		return dir, nil
+		err = nil // by an addition that was killed, perhaps before it had mode and owner
 	}
 	if err == nil {
 		err = os.Chown(dir, int(root.UID), int(root.GID))
@@ -317,7 +318,8 @@ func (b *layerBuilder) link(t *tree.Tree, dir string) (*tree.Tree, error) {
 
 // small writes an object that the store keeps inline.
 func (b *layerBuilder) small(path string, data []byte) error {
-	if _, err := os.Lstat(path); err == nil {
+	// One that is there may have lost its content with the power.
+	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, data) {
 		return nil
 	}
 	if err := b.links.mkdir(path); err != nil {

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/vbatts/tar-split/tar/asm"
@@ -353,6 +354,31 @@ func TestImageStoreKilled(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	// A directory without its mode yet, and small objects that lost their content.
+	dirs, err := filepath.Glob(s.path("objects", "*"))
+	if err != nil || len(dirs) == 0 {
+		t.Fatalf("got %q, %v", dirs, err)
+	}
+	for _, dir := range dirs {
+		if err := os.Chmod(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	emptied := map[string]int64{}
+	err = filepath.WalkDir(s.path("objects"), func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		fi, err := d.Info()
+		if err != nil || fi.Size() > 64 || fi.Size() == 0 || fi.Sys().(*syscall.Stat_t).Nlink > 1 {
+			return err
+		}
+		emptied[path] = fi.Size()
+		return os.Truncate(path, 0)
+	})
+	if err != nil || len(emptied) == 0 {
+		t.Fatalf("no small object: %v", err)
+	}
 	if all, err := s.Images(); err != nil || len(all) != 0 {
 		t.Fatalf("got %v, %v, want no images", all, err)
 	}
@@ -361,6 +387,16 @@ func TestImageStoreKilled(t *testing.T) {
 	}
 	if got := listing(t, s.dir); !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
+	}
+	for _, dir := range dirs {
+		if fi, err := os.Stat(dir); err != nil || fmt.Sprintf("%04o", fi.Mode().Perm()) != filepath.Base(dir)[:4] {
+			t.Errorf("%s: %v, %v, want the mode that its name says", dir, fi.Mode(), err)
+		}
+	}
+	for path, size := range emptied {
+		if fi, err := os.Stat(path); err != nil || fi.Size() != size {
+			t.Errorf("the object %s was not written again: %v", path, err)
+		}
 	}
 	if tr := s.blob(t, id); tr.Lookup("/usr/big") == nil {
 		t.Error("the damaged image was kept")
