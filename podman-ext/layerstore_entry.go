@@ -207,13 +207,33 @@ func (s *LayerStore) writeEntry(e *entry) (err error) {
 	if err := s.root.MkdirAll(parent, 0o755); err != nil {
 		return err
 	}
-	if err := s.root.RemoveAll(e.key.path()); err != nil {
+	if err := s.moveOver(temp, e.key.path()); err != nil {
 		return err
 	}
-	if err := s.root.Rename(temp, e.key.path()); err != nil {
+	err = errors.Join(s.syncDir(parent), s.syncDir("."))
+	return errors.Join(err, s.root.RemoveAll(temp)) // the old one, if there was one
+}
+
+// moveOver renames a directory. One that has the name already gets the other's: neither
+// is missing in between.
+func (s *LayerStore) moveOver(from, to string) error {
+	if _, err := s.root.Lstat(to); errors.Is(err, os.ErrNotExist) {
+		return s.root.Rename(from, to)
+	}
+	root, err := s.root.Open(".")
+	if err != nil {
 		return err
 	}
-	return errors.Join(s.syncDir(parent), s.syncDir("."))
+	defer root.Close()
+	fd := int(root.Fd())
+	err = unix.Renameat2(fd, from, fd, to, unix.RENAME_EXCHANGE)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) { // not on this file system
+		if err := s.root.RemoveAll(to); err != nil {
+			return err
+		}
+		return s.root.Rename(from, to)
+	}
+	return err
 }
 
 // keepBlob writes the bytes of a layer into its directory.

@@ -447,6 +447,52 @@ func TestFlightCancelled(t *testing.T) {
 	s.land(second)
 }
 
+// TestReplace: a layer that is written anew is there all the time.
+func TestReplace(t *testing.T) {
+	root, err := os.OpenRoot(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	s := &LayerStore{root: root, o: LayerStoreOptions{Dir: root.Name(), Mounts: root.Name()}}
+	e := &entry{key: Key{testRef, digestOf(nil)}, info: LayerInfo{DiffID: digestOf(nil)}}
+	e.image = fsverity.Sum(fsverity.SHA256, nil)
+	if err := s.writeEntry(e); err != nil {
+		t.Fatal(err)
+	}
+	stop, missing := make(chan bool), make(chan int)
+	go func() {
+		n := 0
+		for {
+			select {
+			case <-stop:
+				missing <- n
+				return
+			default:
+				if _, err := os.Lstat(filepath.Join(root.Name(), e.key.path(), usesName)); err != nil {
+					n++
+				}
+			}
+		}
+	}()
+	for e.uses = range 50 {
+		if err := s.writeEntry(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(stop)
+	if n := <-missing; n > 0 {
+		t.Errorf("the layer was missing %d times", n)
+	}
+	got, err := s.readEntry(e.key)
+	if err != nil || got.uses != 49 {
+		t.Errorf("got %+v, %v, want the last one", got, err)
+	}
+	if left, _ := filepath.Glob(filepath.Join(root.Name(), tempPrefix+"*")); len(left) > 0 {
+		t.Errorf("left: %q", left)
+	}
+}
+
 func TestBusy(t *testing.T) {
 	e := newEnv(t)
 	if _, err := OpenLayerStore(e.o); !errors.Is(err, ErrBusy) {
