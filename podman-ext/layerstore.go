@@ -65,7 +65,8 @@ type LayerStore struct {
 	o        LayerStoreOptions
 	log      *slog.Logger
 	root     *os.Root // of Dir, below whatever is mounted on it
-	lock     *os.File
+	lock     *os.File // of Mounts
+	dirLock  *os.File // of Dir
 	features mount.Features
 	prefix   string // of our names in the store
 
@@ -115,6 +116,18 @@ func OpenLayerStore(o LayerStoreOptions) (_ *LayerStore, err error) {
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.lock.Close())
+		}
+	}()
+	if err := os.MkdirAll(filepath.Dir(s.o.Dir), 0o755); err != nil {
+		return nil, fmt.Errorf("making the layer store's directory: %w", err)
+	}
+	// Before the front is taken away, which another process may serve with other mounts.
+	if s.dirLock, err = lockDir(s.o.Dir); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.dirLock.Close())
 		}
 	}()
 	if err := detachFront(s.o.Dir); err != nil {
@@ -221,7 +234,20 @@ func (s *LayerStore) removeRefs(kind store.Kind, refs []store.Ref, err error, ke
 // lockMounts makes sure that one process has the mounts. The lock goes with the
 // process, however that ends.
 func lockMounts(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	return lockFile(filepath.Join(dir, ".lock"), dir)
+}
+
+// lockDir makes sure that one process has a layer store's directory, by a file next to
+// it: the directory itself may be below a front, dead or alive.
+func lockDir(dir string) (*os.File, error) {
+	if parent, err := filepath.EvalSymlinks(filepath.Dir(dir)); err == nil {
+		dir = filepath.Join(parent, filepath.Base(dir))
+	}
+	return lockFile(filepath.Join(filepath.Dir(dir), "."+filepath.Base(dir)+".lock"), dir)
+}
+
+func lockFile(path, dir string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -254,7 +280,7 @@ func (s *LayerStore) Detach() error {
 	for ref := range s.images {
 		s.forgetImage(ref)
 	}
-	return errors.Join(s.root.Close(), s.lock.Close())
+	return errors.Join(s.root.Close(), s.dirLock.Close(), s.lock.Close())
 }
 
 // Close ends the work on layers and unmounts all of them. Containers that run keep
@@ -275,6 +301,16 @@ func UnmountLayers(dir, mounts string) error {
 	}
 	if _, err := os.Stat(mounts); err == nil {
 		lock, err := lockMounts(mounts)
+		if err != nil {
+			return err
+		}
+		defer lock.Close()
+	}
+	if dir, err = filepath.Abs(dir); err != nil {
+		return err
+	}
+	if _, err := os.Stat(filepath.Dir(dir)); err == nil {
+		lock, err := lockDir(dir)
 		if err != nil {
 			return err
 		}

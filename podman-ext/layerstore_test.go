@@ -501,6 +501,15 @@ func TestBusy(t *testing.T) {
 	if err := UnmountLayers(e.o.Dir, e.o.Mounts); !errors.Is(err, ErrBusy) {
 		t.Errorf("unmounting what is served gives %v", err)
 	}
+	// With mounts of their own as well: there is one front.
+	other := e.o
+	other.Mounts = t.TempDir()
+	if _, err := OpenLayerStore(other); !errors.Is(err, ErrBusy) {
+		t.Errorf("a second process with other mounts gets %v", err)
+	}
+	if err := UnmountLayers(e.o.Dir, other.Mounts); !errors.Is(err, ErrBusy) {
+		t.Errorf("unmounting what is served with other mounts gives %v", err)
+	}
 }
 
 // TestFront speaks the protocol as podman does.
