@@ -101,7 +101,10 @@ func apiQuery(o BuildOptions, bc *buildContext, cacheLists bool) url.Values {
 		for _, a := range o.Args {
 			key, value, given := strings.Cut(a, "=")
 			if !given {
-				value = os.Getenv(key) // as podman build takes it
+				// As podman build takes it: "" would override the ARG's default.
+				if value, given = os.LookupEnv(key); !given {
+					continue
+				}
 			}
 			args[key] = value
 		}
@@ -210,6 +213,9 @@ func registryConfig(path string) (string, error) {
 	}
 	all := map[string]credentials{}
 	for host, a := range file.Auths {
+		if a.Auth == "" {
+			continue // docker's, where a helper has the credentials
+		}
 		text, err := base64.StdEncoding.DecodeString(a.Auth)
 		user, password, ok := strings.Cut(string(text), ":")
 		if err != nil || !ok {

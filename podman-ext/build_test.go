@@ -108,6 +108,15 @@ func TestBuildBothWays(t *testing.T) {
 	}
 }
 
+// TestBuildArgFromEnvironment: a variable that is not set leaves the ARG's default.
+func TestBuildArgFromEnvironment(t *testing.T) {
+	t.Setenv("PARTICLE_TEST_EMPTY", "")
+	q := apiQuery(BuildOptions{Args: []string{"PARTICLE_TEST_EMPTY", "PARTICLE_TEST_UNSET"}}, &buildContext{}, true)
+	if got, want := q.Get("buildargs"), `{"PARTICLE_TEST_EMPTY":""}`; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
 func TestParseSecrets(t *testing.T) {
 	for _, bad := range []string{"", "id=x", "src=/etc/passwd", "id=x,src=/etc/passwd,env=HOME", "id=x,env=NO_SUCH_VARIABLE", "id=x,src=/no/such/file", "id=x,what=y"} {
 		if got, err := parseSecrets([]string{bad}); err == nil {
@@ -261,6 +270,10 @@ func TestRegistryConfig(t *testing.T) {
 	raw, err := base64.URLEncoding.DecodeString(got)
 	if err != nil || string(raw) != `{"r.example":{"username":"me","password":"pass:word"}}` {
 		t.Errorf("got %s, %v", raw, err)
+	}
+	write(`{"auths":{"r.example":{}},"credsStore":"desktop"}`)
+	if got, err := registryConfig(path); err != nil || got != base64.URLEncoding.EncodeToString([]byte("{}")) {
+		t.Errorf("credentials that a helper has: got %q, %v, want none", got, err)
 	}
 	for _, bad := range []string{"{", `{"auths":{"r":{"auth":"!"}}}`, `{"auths":{"r":{"auth":"bm9jb2xvbg=="}}}`} {
 		write(bad)

@@ -27,6 +27,8 @@ var (
 	ErrOtherFilesystem = errors.New("the image store is on another file system than the store")
 	// ErrNotInImageStore: no image has that name.
 	ErrNotInImageStore = errors.New("not in the image store")
+	// ErrImageInUse: a container runs on the image.
+	ErrImageInUse = errors.New("image in use")
 )
 
 // An ImageStore is an additional image store (containers-storage.conf(5),
@@ -257,8 +259,11 @@ func (s *ImageStore) Images() ([]ImageStoreResult, error) {
 }
 
 // Remove takes a name, or an image by its ID with all its names, out of the image
-// store, and with the last name what only that image needs. Running containers keep
-// their files; stopped ones that podman made of the image cannot be started again.
+// store, and with the last name what only that image needs. The error is ErrImageInUse,
+// and nothing changes, while something of that is mounted: overlayfs looks for the
+// content of a file by path when the file is first opened, so that a running container
+// would lose what it has not opened yet. Stopped containers that podman made of the
+// image cannot be started again.
 func (s *ImageStore) Remove(ctx context.Context, name string) error {
 	unlock, err := s.lock(ctx)
 	if err != nil {
@@ -287,6 +292,9 @@ func (s *ImageStore) Remove(ctx context.Context, name string) error {
 		return fmt.Errorf("%w: %q in %s", ErrNotInImageStore, name, s.dir)
 	}
 	images = slices.DeleteFunc(images, func(r imageRecord) bool { return slices.Contains(gone, r.ID) })
+	if err := s.checkUnused(images); err != nil {
+		return err
+	}
 	if err := s.writeTable(ctx, imagesTable, images); err != nil {
 		return err
 	}

@@ -1,6 +1,7 @@
 package podmanext
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/base32"
@@ -25,6 +26,7 @@ import (
 	"github.com/particle-os/particle/converter/erofs"
 	"github.com/particle-os/particle/converter/fsverity"
 	"github.com/particle-os/particle/converter/layer"
+	"github.com/particle-os/particle/converter/mount"
 	"github.com/particle-os/particle/converter/store"
 	"github.com/particle-os/particle/converter/tree"
 )
@@ -262,7 +264,7 @@ func (b *layerBuilder) objects(root tree.Stat) (string, error) {
 	dir := b.s.path("objects", fmt.Sprintf("%04o-%d-%d", mode, root.UID, root.GID))
 	err := os.Mkdir(dir, 0o700)
 	if errors.Is(err, fs.ErrExist) {
-		return dir, nil
+		err = nil // by an addition that was killed, perhaps before it had mode and owner
 	}
 	if err == nil {
 		err = os.Chown(dir, int(root.UID), int(root.GID))
@@ -316,7 +318,8 @@ func (b *layerBuilder) link(t *tree.Tree, dir string) (*tree.Tree, error) {
 
 // small writes an object that the store keeps inline.
 func (b *layerBuilder) small(path string, data []byte) error {
-	if _, err := os.Lstat(path); err == nil {
+	// One that is there may have lost its content with the power.
+	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, data) {
 		return nil
 	}
 	if err := b.links.mkdir(path); err != nil {
@@ -364,12 +367,8 @@ func (l *linker) link(object string) error {
 	return err
 }
 
-// sweep removes the layers that no image needs and the objects that no layer needs.
-func (s *ImageStore) sweep(ctx context.Context, images []imageRecord) error {
-	layers, err := s.layers()
-	if err != nil {
-		return err
-	}
+// needed returns which layers images need, by ID.
+func needed(layers []layerRecord, images []imageRecord) map[string]bool {
 	parents, used := map[string]string{}, map[string]bool{}
 	for _, l := range layers {
 		parents[l.ID] = l.Parent
@@ -379,6 +378,78 @@ func (s *ImageStore) sweep(ctx context.Context, images []imageRecord) error {
 			used[id] = true
 		}
 	}
+	return used
+}
+
+// checkUnused returns ErrImageInUse if a layer that none of the images needs is mounted.
+func (s *ImageStore) checkUnused(images []imageRecord) error {
+	layers, err := s.layers()
+	if err != nil {
+		return err
+	}
+	used, unused, anyGoes := needed(layers, images), map[string]bool{}, false
+	for _, l := range layers {
+		unused[l.ID] = !used[l.ID]
+		anyGoes = anyGoes || !used[l.ID]
+	}
+	// id returns the layer that a path lies in, "" if it is none of ours that would go.
+	id := func(path string) string {
+		rest, ok := strings.CutPrefix(path, s.path("overlay")+"/")
+		name, _, _ := strings.Cut(rest, "/")
+		if !ok || !unused[name] {
+			return ""
+		}
+		return name
+	}
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	err = mount.ParseMountinfo(f, func(e mount.Entry) error {
+		paths := append([]string{e.Source}, e.SuperOption("datadir+")...)
+		for _, lower := range append(e.SuperOption("lowerdir"), e.SuperOption("lowerdir+")...) {
+			paths = append(paths, strings.Split(lower, ":")...)
+		}
+		for _, path := range paths {
+			l := id(path)
+			if l == "" && anyGoes && strings.HasPrefix(path, s.path("objects")+"/") {
+				l = "(some) with objects of " + filepath.Base(path) // not podman's: it could be any
+			}
+			if l != "" {
+				return fmt.Errorf("%w: layer %s is mounted at %s; stop and remove the container, or unmount that, first", ErrImageInUse, l, e.Target)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	// Podman unmounts the EROFS of a layer as soon as it is below a container's overlay:
+	// mountinfo does not have it, but where it is on a loop device that has the file.
+	loops, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		return err
+	}
+	for _, loop := range loops {
+		raw, err := os.ReadFile(loop)
+		if err != nil {
+			continue // free by now
+		}
+		if l := id(strings.TrimSuffix(string(raw), "\n")); l != "" {
+			return fmt.Errorf("%w: layer %s is on /dev/%s; stop the containers that run on it first", ErrImageInUse, l, strings.Split(loop, "/")[3])
+		}
+	}
+	return nil
+}
+
+// sweep removes the layers that no image needs and the objects that no layer needs.
+func (s *ImageStore) sweep(ctx context.Context, images []imageRecord) error {
+	layers, err := s.layers()
+	if err != nil {
+		return err
+	}
+	used := needed(layers, images)
 	kept := slices.DeleteFunc(slices.Clone(layers), func(l layerRecord) bool { return !used[l.ID] })
 	if err := s.writeTable(ctx, layersTable, kept); err != nil {
 		return err
@@ -400,7 +471,7 @@ func (s *ImageStore) sweep(ctx context.Context, images []imageRecord) error {
 }
 
 func (s *ImageStore) sweepObjects(layers []layerRecord) error {
-	needed := map[string]bool{} // by path
+	keep := map[string]bool{} // by path
 	for _, l := range layers {
 		dir, err := os.Readlink(s.path("overlay", l.ID, "objects"))
 		if err != nil {
@@ -412,11 +483,11 @@ func (s *ImageStore) sweepObjects(layers []layerRecord) error {
 			return err
 		}
 		for _, d := range objects {
-			needed[filepath.Join(dir, d.Path())] = true
+			keep[filepath.Join(dir, d.Path())] = true
 		}
 	}
 	return filepath.WalkDir(s.path("objects"), func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() || needed[path] {
+		if err != nil || d.IsDir() || keep[path] {
 			return err
 		}
 		return os.Remove(path)

@@ -12,13 +12,16 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/vbatts/tar-split/tar/asm"
 	tarsplit "github.com/vbatts/tar-split/tar/storage"
+	"golang.org/x/sys/unix"
 
 	"github.com/particle-os/particle/converter"
 	"github.com/particle-os/particle/converter/erofs"
+	"github.com/particle-os/particle/converter/mount"
 	"github.com/particle-os/particle/converter/store"
 	"github.com/particle-os/particle/converter/tree"
 )
@@ -232,6 +235,67 @@ func TestImageStoreRemove(t *testing.T) {
 	}
 }
 
+// TestImageStoreInUse: what is mounted stays, since its files are opened by path.
+func TestImageStoreInUse(t *testing.T) {
+	requireMounts(t)
+	st := newStore(t)
+	img := stored(t, st, newMemImage(t, testLayers(t)...), "x")
+	s := newImageStore(t, st)
+	if _, err := s.Add(t.Context(), st, img, "localhost/x:1"); err != nil {
+		t.Fatal(err)
+	}
+	records, err := s.layers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	layer := s.path("overlay", records[len(records)-1].ID)
+	blob, objects := filepath.Join(layer, "composefs-data", "composefs.blob"), filepath.Join(layer, "objects")
+	direct := func(target string) error {
+		f, err := os.Open(blob)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		_, err = mount.Mount(target, mount.Options{Image: f, Objects: []string{objects}, Loop: true})
+		return err
+	}
+	// As podman does: the EROFS is not to be seen afterwards.
+	asPodman := func(target string) error {
+		image := t.TempDir()
+		if err := unix.Mount(blob, image, "erofs", unix.MS_RDONLY, ""); err != nil {
+			t.Log("EROFS is not mounted from a file here: ", err)
+			return direct(target)
+		}
+		return errors.Join(
+			unix.Mount("overlay", target, "overlay", unix.MS_RDONLY, "lowerdir="+image+"::"+objects+",metacopy=on,redirect_dir=on"),
+			unix.Unmount(image, unix.MNT_DETACH))
+	}
+	for how, mounted := range map[string]func(string) error{"direct": direct, "podman's way": asPodman} {
+		target := t.TempDir()
+		if err := mounted(target); err != nil {
+			t.Fatal(err)
+		}
+		err = s.Remove(t.Context(), "localhost/x:1")
+		if !errors.Is(err, ErrImageInUse) {
+			t.Errorf("%s: removing what is mounted: got %v, want ErrImageInUse", how, err)
+		} else if !strings.Contains(err.Error(), target) {
+			t.Errorf("%s: the error does not say that it is mounted at %s: %v", how, target, err)
+		}
+		if _, err := os.ReadFile(filepath.Join(target, "usr", "big")); err != nil {
+			t.Errorf("%s: a file that was not opened before: %v", how, err)
+		}
+		if err := unix.Unmount(target, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if all, err := s.Images(); err != nil || len(all) != 1 {
+		t.Errorf("got %v, %v, want the image", all, err)
+	}
+	if err := s.Remove(t.Context(), "localhost/x:1"); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // listing lists the files below a directory but for empty directories of objects.
 func listing(t testing.TB, dir string) (paths []string) {
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -290,6 +354,31 @@ func TestImageStoreKilled(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	// A directory without its mode yet, and small objects that lost their content.
+	dirs, err := filepath.Glob(s.path("objects", "*"))
+	if err != nil || len(dirs) == 0 {
+		t.Fatalf("got %q, %v", dirs, err)
+	}
+	for _, dir := range dirs {
+		if err := os.Chmod(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	emptied := map[string]int64{}
+	err = filepath.WalkDir(s.path("objects"), func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		fi, err := d.Info()
+		if err != nil || fi.Size() > 64 || fi.Size() == 0 || fi.Sys().(*syscall.Stat_t).Nlink > 1 {
+			return err
+		}
+		emptied[path] = fi.Size()
+		return os.Truncate(path, 0)
+	})
+	if err != nil || len(emptied) == 0 {
+		t.Fatalf("no small object: %v", err)
+	}
 	if all, err := s.Images(); err != nil || len(all) != 0 {
 		t.Fatalf("got %v, %v, want no images", all, err)
 	}
@@ -298,6 +387,16 @@ func TestImageStoreKilled(t *testing.T) {
 	}
 	if got := listing(t, s.dir); !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
+	}
+	for _, dir := range dirs {
+		if fi, err := os.Stat(dir); err != nil || fmt.Sprintf("%04o", fi.Mode().Perm()) != filepath.Base(dir)[:4] {
+			t.Errorf("%s: %v, %v, want the mode that its name says", dir, fi.Mode(), err)
+		}
+	}
+	for path, size := range emptied {
+		if fi, err := os.Stat(path); err != nil || fi.Size() != size {
+			t.Errorf("the object %s was not written again: %v", path, err)
+		}
 	}
 	if tr := s.blob(t, id); tr.Lookup("/usr/big") == nil {
 		t.Error("the damaged image was kept")

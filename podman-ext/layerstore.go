@@ -65,7 +65,8 @@ type LayerStore struct {
 	o        LayerStoreOptions
 	log      *slog.Logger
 	root     *os.Root // of Dir, below whatever is mounted on it
-	lock     *os.File
+	lock     *os.File // of Mounts
+	dirLock  *os.File // of Dir
 	features mount.Features
 	prefix   string // of our names in the store
 
@@ -78,6 +79,7 @@ type LayerStore struct {
 	building int                  // calls that are about to add entries
 	leases   map[string]time.Time // by diffID: fetched ahead, kept until then
 	dirty    bool                 // there may be something to sweep
+	unread   map[Key]bool         // layers that are there, but that cannot be read; Digest "" is a whole image
 	images   map[string]*resolved // by reference
 	fetching *semaphore.Weighted
 	busy     sync.WaitGroup // flights
@@ -89,7 +91,7 @@ type LayerStore struct {
 func OpenLayerStore(o LayerStoreOptions) (_ *LayerStore, err error) {
 	s := &LayerStore{
 		o: o, log: o.Log,
-		entries: map[Key]*entry{}, flights: map[string]*flight{}, leases: map[string]time.Time{}, images: map[string]*resolved{},
+		entries: map[Key]*entry{}, flights: map[string]*flight{}, leases: map[string]time.Time{}, images: map[string]*resolved{}, unread: map[Key]bool{},
 		fetching: semaphore.NewWeighted(maxFetches),
 	}
 	if s.log == nil {
@@ -116,6 +118,18 @@ func OpenLayerStore(o LayerStoreOptions) (_ *LayerStore, err error) {
 			err = errors.Join(err, s.lock.Close())
 		}
 	}()
+	if err := os.MkdirAll(filepath.Dir(s.o.Dir), 0o755); err != nil {
+		return nil, fmt.Errorf("making the layer store's directory: %w", err)
+	}
+	// Before the front is taken away, which another process may serve with other mounts.
+	if s.dirLock, err = lockDir(s.o.Dir); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.dirLock.Close())
+		}
+	}()
 	if err := detachFront(s.o.Dir); err != nil {
 		return nil, err
 	}
@@ -133,6 +147,10 @@ func OpenLayerStore(o LayerStoreOptions) (_ *LayerStore, err error) {
 	if err := s.readEntries(); err != nil {
 		s.stop()
 		return nil, errors.Join(err, s.root.Close())
+	}
+	if len(s.unread) > 0 {
+		s.log.Warn("some layers cannot be read, and may be in use: until they can, mounts and names in the store are kept that nothing seems to need"+
+			"; stop all containers and the service, then remove these directories", "layers", s.unreadPaths())
 	}
 	s.attach()
 	s.dirty = true // whatever a killed process was about to do
@@ -154,10 +172,20 @@ func (s *LayerStore) end() {
 	s.sweep()
 }
 
+// unreadPaths lists the directories of the layers that cannot be read.
+func (s *LayerStore) unreadPaths() (paths []string) {
+	for key := range s.unread {
+		paths = append(paths, filepath.Join(s.o.Dir, key.path()))
+	}
+	slices.Sort(paths)
+	return paths
+}
+
 // sweep takes mounts away and names in the store that nothing in the tree needs, unless
-// somebody is about to add something. s.mu is held.
+// somebody is about to add something, or it is not known what the tree needs. s.mu is
+// held.
 func (s *LayerStore) sweep() {
-	if !s.dirty || s.building > 0 || s.ctx.Err() != nil {
+	if !s.dirty || s.building > 0 || len(s.unread) > 0 || s.ctx.Err() != nil {
 		return
 	}
 	s.dirty = false
@@ -206,7 +234,20 @@ func (s *LayerStore) removeRefs(kind store.Kind, refs []store.Ref, err error, ke
 // lockMounts makes sure that one process has the mounts. The lock goes with the
 // process, however that ends.
 func lockMounts(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	return lockFile(filepath.Join(dir, ".lock"), dir)
+}
+
+// lockDir makes sure that one process has a layer store's directory, by a file next to
+// it: the directory itself may be below a front, dead or alive.
+func lockDir(dir string) (*os.File, error) {
+	if parent, err := filepath.EvalSymlinks(filepath.Dir(dir)); err == nil {
+		dir = filepath.Join(parent, filepath.Base(dir))
+	}
+	return lockFile(filepath.Join(filepath.Dir(dir), "."+filepath.Base(dir)+".lock"), dir)
+}
+
+func lockFile(path, dir string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -239,7 +280,7 @@ func (s *LayerStore) Detach() error {
 	for ref := range s.images {
 		s.forgetImage(ref)
 	}
-	return errors.Join(s.root.Close(), s.lock.Close())
+	return errors.Join(s.root.Close(), s.dirLock.Close(), s.lock.Close())
 }
 
 // Close ends the work on layers and unmounts all of them. Containers that run keep
@@ -260,6 +301,16 @@ func UnmountLayers(dir, mounts string) error {
 	}
 	if _, err := os.Stat(mounts); err == nil {
 		lock, err := lockMounts(mounts)
+		if err != nil {
+			return err
+		}
+		defer lock.Close()
+	}
+	if dir, err = filepath.Abs(dir); err != nil {
+		return err
+	}
+	if _, err := os.Stat(filepath.Dir(dir)); err == nil {
+		lock, err := lockDir(dir)
 		if err != nil {
 			return err
 		}

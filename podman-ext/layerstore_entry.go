@@ -109,14 +109,20 @@ func (s *LayerStore) readEntries() error {
 		}
 		layers, err := fs.ReadDir(s.root.FS(), r.Name())
 		if err != nil {
-			s.log.Warn("not an image in the layer store", "image", ref, "error", err)
+			s.log.Warn("reading an image of the layer store", "image", ref, "error", err)
+			s.unread[Key{Ref: ref}] = true
 			continue
 		}
 		for _, l := range layers {
 			key := Key{ref, l.Name()}
+			if err := checkDigest(key.Digest); err != nil {
+				s.log.Warn("not a layer in the layer store", "image", ref, "error", err)
+				continue
+			}
 			e, err := s.readEntry(key)
 			if err != nil {
-				s.log.Warn("not a layer in the layer store", "image", ref, "layer", l.Name(), "error", err)
+				s.log.Warn("reading a layer of the layer store", "image", ref, "layer", l.Name(), "error", err)
+				s.unread[key] = true
 				continue
 			}
 			s.entries[key] = e
@@ -126,9 +132,6 @@ func (s *LayerStore) readEntries() error {
 }
 
 func (s *LayerStore) readEntry(key Key) (*entry, error) {
-	if err := checkDigest(key.Digest); err != nil {
-		return nil, err
-	}
 	raw, err := s.root.ReadFile(path.Join(key.path(), infoName))
 	if err != nil {
 		return nil, err
@@ -204,13 +207,33 @@ func (s *LayerStore) writeEntry(e *entry) (err error) {
 	if err := s.root.MkdirAll(parent, 0o755); err != nil {
 		return err
 	}
-	if err := s.root.RemoveAll(e.key.path()); err != nil {
+	if err := s.moveOver(temp, e.key.path()); err != nil {
 		return err
 	}
-	if err := s.root.Rename(temp, e.key.path()); err != nil {
+	err = errors.Join(s.syncDir(parent), s.syncDir("."))
+	return errors.Join(err, s.root.RemoveAll(temp)) // the old one, if there was one
+}
+
+// moveOver renames a directory. One that has the name already gets the other's: neither
+// is missing in between.
+func (s *LayerStore) moveOver(from, to string) error {
+	if _, err := s.root.Lstat(to); errors.Is(err, os.ErrNotExist) {
+		return s.root.Rename(from, to)
+	}
+	root, err := s.root.Open(".")
+	if err != nil {
 		return err
 	}
-	return errors.Join(s.syncDir(parent), s.syncDir("."))
+	defer root.Close()
+	fd := int(root.Fd())
+	err = unix.Renameat2(fd, from, fd, to, unix.RENAME_EXCHANGE)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) { // not on this file system
+		if err := s.root.RemoveAll(to); err != nil {
+			return err
+		}
+		return s.root.Rename(from, to)
+	}
+	return err
 }
 
 // keepBlob writes the bytes of a layer into its directory.

@@ -28,6 +28,7 @@ const (
 // A flight is work that several look-ups may wait for: a layer on its way into the
 // store, or the composefs image of one being made.
 type flight struct {
+	name    string
 	cancel  context.CancelFunc
 	done    chan struct{}
 	waiting int // under LayerStore.mu; the flight is cancelled when it falls to 0
@@ -41,14 +42,14 @@ func (s *LayerStore) fly(name string, img *resolved, work func(ctx context.Conte
 	f := s.flights[name]
 	if f == nil {
 		ctx, cancel := context.WithCancel(s.ctx)
-		f = &flight{cancel: cancel, done: make(chan struct{})}
+		f = &flight{name: name, cancel: cancel, done: make(chan struct{})}
 		s.flights[name] = f
 		img.users++
 		s.busy.Go(func() {
 			defer cancel()
 			f.image, f.err = work(ctx)
 			s.mu.Lock()
-			delete(s.flights, name)
+			s.forgetFlight(f)
 			s.unuseLocked(img)
 			s.mu.Unlock()
 			close(f.done)
@@ -65,7 +66,15 @@ func (s *LayerStore) land(flights ...*flight) {
 	for _, f := range flights {
 		if f.waiting--; f.waiting == 0 {
 			f.cancel()
+			s.forgetFlight(f) // who comes now must not join it
 		}
+	}
+}
+
+// forgetFlight makes a flight one that nobody can join. s.mu is held.
+func (s *LayerStore) forgetFlight(f *flight) {
+	if s.flights[f.name] == f {
+		delete(s.flights, f.name)
 	}
 }
 
@@ -197,6 +206,7 @@ func (s *LayerStore) enter(e *entry) (Layer, error) {
 		return Layer{}, err
 	}
 	s.entries[e.key] = e
+	delete(s.unread, e.key)
 	delete(s.leases, e.info.DiffID)
 	s.dirty = true
 	return e.layer(), nil

@@ -101,6 +101,60 @@ func RemoveStores(conf string) string {
 	return b.String()
 }
 
+// TakeStores is RemoveStores for a file that may have been edited since. The error is
+// ErrStorageConf where anything but the stores would change, or lines of ours would stay.
+func TakeStores(conf string) (string, error) {
+	text := RemoveStores(conf)
+	for line := range strings.Lines(text) {
+		if strings.HasSuffix(strings.TrimSpace(line), storageMark) {
+			return "", fmt.Errorf("%w: lines with %q were changed since they were added; remove them by hand", ErrStorageConf, storageMark)
+		}
+	}
+	if text == conf {
+		return conf, nil
+	}
+	before, err := parseStorageConf(conf)
+	if err != nil {
+		return "", err
+	}
+	if err := before.dropStores(); err != nil {
+		return "", err
+	}
+	same := func(text string) bool {
+		after, err := parseStorageConf(text)
+		return err == nil && after.dropStores() == nil && reflect.DeepEqual(before, after)
+	}
+	if !same(text) { // keys of the user below our header: that stays
+		text = RemoveStores(strings.Replace(conf, "[storage.options] "+storageMark, "[storage.options]", 1))
+	}
+	if !same(text) {
+		return "", fmt.Errorf("%w: without the lines with %q others would mean something else: keys below a table that goes, or a line joined to the one before; "+
+			"remove them by hand", ErrStorageConf, storageMark)
+	}
+	return text, nil
+}
+
+// dropStores removes what AddStores sets, and tables that are empty then.
+func (c storageConf) dropStores() error {
+	options, err := c.options()
+	if err != nil {
+		return err
+	}
+	delete(options, keyImageStores)
+	delete(options, keyLayerStores)
+	storage, err := table(c, "storage")
+	if err != nil || storage == nil {
+		return err
+	}
+	if len(options) == 0 {
+		delete(storage, "options")
+	}
+	if len(storage) == 0 {
+		delete(c, "storage")
+	}
+	return nil
+}
+
 // setList sets a key of [storage.options] by lines of our own.
 func setList(conf, key string, values []string) (string, error) {
 	quoted := make([]string, len(values))

@@ -42,10 +42,34 @@ func TestAddStores(t *testing.T) {
 			if again, err := AddStores(got, []string{"/i"}, []string{"/l:ref"}); err != nil || again != got {
 				t.Errorf("added again: got %v and\n%s", err, again)
 			}
-			if back := RemoveStores(got); back != c.conf {
-				t.Errorf("taken back: got\n%q\nwant\n%q", back, c.conf)
+			if back, err := TakeStores(got); err != nil || back != c.conf {
+				t.Errorf("taken back: got %v and\n%q\nwant\n%q", err, back, c.conf)
 			}
 		})
+	}
+}
+
+// TestTakeStoresEdited: what the user has written since keeps its meaning, or nothing
+// is done.
+func TestTakeStoresEdited(t *testing.T) {
+	added, err := AddStores("[storage]\ndriver = \"overlay\"", []string{"/i"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, conf := range map[string]string{
+		"a line after no line end": added + "[storage.options.overlay]\nmountopt = \"nodev\"\n",
+		"CRLF":                     strings.ReplaceAll(added, "\n", "\r\n"),
+	} {
+		if got, err := TakeStores(conf); !errors.Is(err, ErrStorageConf) {
+			t.Errorf("%s: got %v and %q, want ErrStorageConf", name, err, got)
+		}
+	}
+	added, err = AddStores("[storage.options]\n", []string{"/i"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := TakeStores(added + "size = \"1\"\n"); err != nil || got != "[storage.options]\nsize = \"1\"\n" {
+		t.Errorf("a key below the user's header: got %v and %q", err, got)
 	}
 }
 

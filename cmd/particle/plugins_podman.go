@@ -256,11 +256,17 @@ func (b *podmanBridge) disable(context.Context) (*bridgePlan, error) {
 				return nil, err
 			}
 			// What the user has added since stays.
-			if text = podmanext.RemoveStores(text); text != base {
+			if text, err = podmanext.TakeStores(text); err != nil {
+				return nil, fmt.Errorf("editing %s: %w", path, err)
+			}
+			if text != base {
 				change.New = &text
 			}
 		default:
-			text := podmanext.RemoveStores(*old)
+			text, err := podmanext.TakeStores(*old)
+			if err != nil {
+				return nil, fmt.Errorf("editing %s: %w", path, err)
+			}
 			if text == *old {
 				continue
 			}
