@@ -70,7 +70,10 @@ func TestExistingRoot(t *testing.T) {
 	m.fails("particle hostdeploy status", "not a system that Particle deployed")
 	reference := push(t, "server", "existing")
 	m.registry()
-	m.sh("particle hostdeploy install to-existing-root --image %s --karg console=ttyS0 --karg %s", reference, deviceTimeout)
+	// All of an image is pulled and stored.
+	if r := m.tryWithin(3*bootLimit, "particle hostdeploy install to-existing-root --image %s --karg console=ttyS0 --karg %s", reference, deviceTimeout); r.Status != 0 {
+		t.Fatalf("install to-existing-root: status %d\n%s%s", r.Status, r.Stdout, r.Stderr)
+	}
 	m.reboot()
 	m.good()
 	s := m.status()

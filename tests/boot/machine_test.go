@@ -186,7 +186,13 @@ func (m *machine) again() {
 // try is sh for what may fail.
 func (m *machine) try(format string, args ...any) vm.Result {
 	m.t.Helper()
-	ctx, cancel := within(bootLimit)
+	return m.tryWithin(bootLimit, format, args...)
+}
+
+// tryWithin is try for what takes longer than a boot may.
+func (m *machine) tryWithin(limit time.Duration, format string, args ...any) vm.Result {
+	m.t.Helper()
+	ctx, cancel := within(limit)
 	defer cancel()
 	r, err := m.Sh(ctx, fmt.Sprintf(format, args...))
 	if err != nil {
