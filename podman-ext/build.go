@@ -170,8 +170,13 @@ func buildByProgram(ctx context.Context, o BuildOptions, secrets []secret) (stri
 	defer os.RemoveAll(dir)
 	idFile := filepath.Join(dir, "id")
 	cmd := podmanCommand(ctx, programArgs(o, secrets, idFile)...)
+	var said lastBytes // where nobody sees it, the error has to say it
 	cmd.Stdout, cmd.Stderr = o.Output, o.Output
-	if err := podmanError(ctx, cmd, cmd.Run(), ""); err != nil {
+	if o.Output == io.Discard {
+		cmd.Stdout, cmd.Stderr = &said, &said
+	}
+	err = cmd.Run()
+	if err := podmanError(ctx, cmd, err, string(said)); err != nil {
 		return "", err
 	}
 	raw, err := os.ReadFile(idFile)
@@ -179,6 +184,16 @@ func buildByProgram(ctx context.Context, o BuildOptions, secrets []secret) (stri
 		return "", err
 	}
 	return imageID(string(raw))
+}
+
+// lastBytes keeps the last of what is written to it.
+type lastBytes []byte
+
+func (l *lastBytes) Write(p []byte) (int, error) {
+	const most = 4 << 10
+	*l = append(*l, p...)
+	*l = (*l)[max(0, len(*l)-most):]
+	return len(p), nil
 }
 
 // programArgs are the arguments of podman.

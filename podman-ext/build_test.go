@@ -378,8 +378,8 @@ func TestBuildByProgram(t *testing.T) {
 	if got, err := b.Build(t.Context(), BuildOptions{Context: dir, Output: &out}); err != nil || got != id || out.String() != "built\ntold\n" {
 		t.Errorf("got %q, %v, and output %q", got, err, out.String())
 	}
-	script("echo no >&2; exit 3")
-	if _, err := b.Build(t.Context(), BuildOptions{Context: dir}); err == nil || !strings.Contains(err.Error(), "exit status 3") {
+	script("seq 10000; echo no such stage >&2; exit 3")
+	if _, err := b.Build(t.Context(), BuildOptions{Context: dir}); err == nil || !strings.Contains(err.Error(), "exit status 3") || !strings.Contains(err.Error(), "no such stage") || len(err.Error()) > 5000 {
 		t.Errorf("failed: got %v", err)
 	}
 	for _, o := range []BuildOptions{{Context: "/no/such/dir"}, {Context: bin}, {Context: dir, File: "none"}, {Context: filepath.Join(dir, "Containerfile")}} {
