@@ -120,7 +120,7 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"
 func (d *realDaemon) stop() { d.process.Stop(syscall.SIGTERM) }
 
 func (d *realDaemon) tryCtr(args ...string) (string, error) {
-	return program.Try("ctr", append([]string{"--address", d.socket, "--namespace", "test"}, args...)...)
+	return program.Try("ctr", append([]string{"--address", d.socket, "--namespace", program.Namespace}, args...)...)
 }
 
 func (d *realDaemon) ctr(args ...string) string {
@@ -360,7 +360,7 @@ func TestContainerd(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer client.Close()
-	_, err = client.SnapshotService("particle").View(namespaces.WithNamespace(t.Context(), "test"), "look", "committed",
+	_, err = client.SnapshotService("particle").View(namespaces.WithNamespace(t.Context(), program.Namespace), "look", "committed",
 		snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "test"}))
 	if err != nil {
 		t.Fatal(err)
@@ -415,7 +415,7 @@ func TestContainerdPull(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer client.Close()
-	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(t.Context(), "test"), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(t.Context(), program.Namespace), 5*time.Minute)
 	defer cancel()
 	pull := func(ref string) containerd.Image {
 		t.Helper()

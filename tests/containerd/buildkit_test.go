@@ -46,7 +46,7 @@ RUN rm -r /opaque
 		}
 		addr := "unix://" + filepath.Join(dir, "s")
 		daemon := program.Start(t, filepath.Join(bin, "buildkitd"), "--config", filepath.Join(dir, "buildkitd.toml"), "--addr", addr, "--root", filepath.Join(dir, "root"),
-			"--oci-worker=false", "--containerd-worker=true", "--containerd-worker-addr", h.socket(), "--containerd-worker-namespace", "test",
+			"--oci-worker=false", "--containerd-worker=true", "--containerd-worker-addr", h.socket(), "--containerd-worker-namespace", program.Namespace,
 			"--containerd-worker-snapshotter", "particle", "--containerd-worker-net", "host")
 		defer daemon.Stop(syscall.SIGTERM)
 		buildctl := func(args ...string) error {

@@ -49,7 +49,7 @@ func newHost(t testing.TB, r release, daemonArgs ...string) *host {
 	h := &host{t: t, release: r, dir: dir, store: filepath.Join(dir, "store"), daemonArgs: daemonArgs}
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	t.Cleanup(cancel) // after end
-	h.ctx = namespaces.WithNamespace(ctx, "test")
+	h.ctx = namespaces.WithNamespace(ctx, program.Namespace)
 	t.Cleanup(h.end)
 	h.startDaemon()
 
@@ -160,7 +160,7 @@ func tail(p *program.Process) string {
 }
 
 func (h *host) tryCtr(args ...string) (string, error) {
-	return program.Try(h.release.program("ctr"), append([]string{"--address", h.socket(), "--namespace", "test"}, args...)...)
+	return program.Try(h.release.program("ctr"), append([]string{"--address", h.socket(), "--namespace", program.Namespace}, args...)...)
 }
 
 func (h *host) ctr(args ...string) string {

@@ -15,6 +15,8 @@ import (
 	client "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+
+	"github.com/particle-os/particle/tests/program"
 )
 
 // A containerd is this machine's, with our snapshotter. (tests/containerd has more of
@@ -23,8 +25,6 @@ type containerd struct {
 	t   testing.TB
 	dir string
 }
-
-const namespace = "test"
 
 func (c *containerd) socket() string { return filepath.Join(c.dir, "containerd.sock") }
 
@@ -77,14 +77,14 @@ func (c *containerd) serve(socket string, cmd *exec.Cmd) {
 
 func (c *containerd) ctr(args ...string) string {
 	c.t.Helper()
-	return run(c.t, exec.Command("ctr", append([]string{"--address", c.socket(), "--namespace", namespace}, args...)...))
+	return run(c.t, exec.Command("ctr", append([]string{"--address", c.socket(), "--namespace", program.Namespace}, args...)...))
 }
 
 // pull pulls an image as CRI does, which asks the snapshotter before it fetches a layer;
 // ctr of 1.x asks afterwards.
 func (c *containerd) pull(ref string) {
 	c.t.Helper()
-	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(context.Background(), namespace), programTime)
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(context.Background(), program.Namespace), programTime)
 	defer cancel()
 	cl, err := client.New(c.socket())
 	if err != nil {
@@ -108,7 +108,7 @@ func (c *containerd) run(ref, id string, args ...string) (rootfs string) {
 		c.ctr("containers", "rm", id)
 		c.ctr("images", "rm", "--sync", ref)
 	})
-	rootfs = filepath.Join(c.dir, "state/io.containerd.runtime.v2.task", namespace, id, "rootfs")
+	rootfs = filepath.Join(c.dir, "state/io.containerd.runtime.v2.task", program.Namespace, id, "rootfs")
 	if _, err := os.Stat(filepath.Join(rootfs, "usr")); err != nil {
 		c.t.Fatal(err)
 	}

@@ -31,6 +31,10 @@ const (
 	stopWait = 40 * time.Second
 )
 
+// Namespace is containerd's for the tests of this process: runc knows containers by
+// namespace and id, on the whole machine and whichever containerd they are of.
+var Namespace = fmt.Sprintf("test-%d", os.Getpid())
+
 // errDeadline tells a program that was killed from one that failed.
 var errDeadline = fmt.Errorf("it was killed after %v", deadline)
 
