@@ -151,12 +151,14 @@ func (h *host) end() {
 	}
 }
 
+// tail returns the end of a service's log, long enough for all goroutines of one that
+// had to tell where it hangs.
 func tail(p *program.Process) string {
 	if p == nil {
 		return ""
 	}
 	s := p.Log()
-	return s[max(0, len(s)-8000):]
+	return s[max(0, len(s)-64<<10):]
 }
 
 func (h *host) tryCtr(args ...string) (string, error) {

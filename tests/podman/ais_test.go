@@ -14,6 +14,7 @@ import (
 
 	"github.com/particle-os/particle/converter/tree"
 	"github.com/particle-os/particle/registry"
+	"github.com/particle-os/particle/tests/program"
 )
 
 // withEach runs a test with each podman, those that forget layers of a layer store
@@ -141,7 +142,7 @@ func onImageStore(t *testing.T, w *worker, images string, s subject) {
 	w.podman("save", "-q", "--format=oci-archive", "-o", filepath.Join(w.dir, "saved.tar"), ref)
 
 	// Nobody removes it but us; then podman does not know it, and its own goes on.
-	if _, _, err := try(w.command("rmi", ref)); err == nil {
+	if _, _, err := program.Run(w.command("rmi", ref)); err == nil {
 		t.Error("podman removed an image of the image store")
 	}
 	w.podman("rmi", "localhost/built", "localhost/committed")
@@ -231,7 +232,7 @@ func TestOnce(t *testing.T) {
 
 // diskUse returns the disk space below directories in bytes, each inode once.
 func diskUse(dirs ...string) (int64, error) {
-	out, errs, err := try(exec.Command("du", append([]string{"--summarize", "--block-size=1", "--total"}, dirs...)...))
+	out, errs, err := program.Run(exec.Command("du", append([]string{"--summarize", "--block-size=1", "--total"}, dirs...)...))
 	if err != nil {
 		return 0, fmt.Errorf("du: %w\n%s", err, errs)
 	}

@@ -7,12 +7,14 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/particle-os/particle/registry"
+	"github.com/particle-os/particle/tests/program"
 )
 
 // traffic counts what goes through a registry.
@@ -65,7 +67,7 @@ type built struct {
 func (w *worker) build(args ...string) (b built, log string) {
 	w.t.Helper()
 	cmd := w.particle(append([]string{"build", "--json"}, args...)...)
-	out, errs, err := try(cmd)
+	out, errs, err := program.Run(cmd)
 	if err != nil {
 		w.t.Fatalf("%s: %v\n%s", cmd, err, tail(errs))
 	}
@@ -161,7 +163,7 @@ func TestBuild(t *testing.T) {
 					cmd := w.particle("build", "--json", "--insecure", "--build-arg", "WHAT=a,b=c", "--target", "one", "-t", tag,
 						"--secret", "id=file,src="+filepath.Join(outside, "s"), "--secret", "id=env,env=PARTICLE_TEST_SECRET", dir)
 					cmd.Env = append(cmd.Env, env...)
-					out, errs, err := try(cmd)
+					out, errs, err := program.Run(cmd)
 					if err != nil {
 						t.Fatalf("%v\n%s", err, tail(errs))
 					}
@@ -208,7 +210,7 @@ func TestBuild(t *testing.T) {
 				cmd := w.particle("build", "--insecure", "--target", "two", dir,
 					"--secret", "id=file,src="+filepath.Join(outside, "s"), "--secret", "id=env,env=PARTICLE_TEST_SECRET")
 				cmd.Env = append(cmd.Env, env...)
-				if _, errs, err := try(cmd); err == nil || !strings.Contains(errs, "particle: error: building") {
+				if _, errs, err := program.Run(cmd); err == nil || !strings.Contains(errs, "particle: error: building") {
 					t.Errorf("a step that fails: got %v\n%s", err, tail(errs))
 				}
 			})
@@ -222,9 +224,9 @@ func (e *engine) serveAPI() string {
 	path := filepath.Join(e.dir, "api")
 	cmd := e.command("system", "service", "--time=0", "unix://"+path)
 	cmd.Stderr = &logBuffer{t: e.t}
-	s := start(e.t, cmd)
+	s := program.StartCmd(e.t, cmd)
 	e.t.Cleanup(func() {
-		if err := s.end(os.Interrupt); err != nil {
+		if err := s.Stop(syscall.SIGTERM); err != nil { // an interrupt is a failure to it
 			e.t.Errorf("podman's service: %v", err)
 		}
 	})
@@ -254,7 +256,7 @@ func TestImport(t *testing.T) {
 			"local": {"containers-storage:" + ref}, "archive": {"oci-archive:" + archive},
 		} {
 			w.store = stores[name]
-			_, errs, err := try(w.particle(append([]string{"convert"}, args...)...))
+			_, errs, err := program.Run(w.particle(append([]string{"convert"}, args...)...))
 			if err != nil || strings.Contains(errs, "to a directory first") {
 				t.Fatalf("%s: %v\n%s", name, err, tail(errs))
 			}

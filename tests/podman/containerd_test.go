@@ -55,9 +55,9 @@ func (c *containerd) serve(socket string, cmd *exec.Cmd) {
 	c.t.Helper()
 	log := &logBuffer{t: c.t}
 	cmd.Stdout, cmd.Stderr = log, log
-	s := start(c.t, cmd)
+	s := program.StartCmd(c.t, cmd)
 	c.t.Cleanup(func() {
-		if err := s.end(syscall.SIGTERM); err != nil {
+		if err := s.Stop(syscall.SIGTERM); err != nil {
 			c.t.Errorf("%s: %v", cmd, err)
 		}
 	})
@@ -67,7 +67,7 @@ func (c *containerd) serve(socket string, cmd *exec.Cmd) {
 			return
 		}
 		select {
-		case <-s.done:
+		case <-s.Done():
 			c.t.Fatalf("%s ended: %s", cmd, cmd.ProcessState)
 		case <-time.After(100 * time.Millisecond):
 		}
@@ -84,7 +84,7 @@ func (c *containerd) ctr(args ...string) string {
 // ctr of 1.x asks afterwards.
 func (c *containerd) pull(ref string) {
 	c.t.Helper()
-	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(context.Background(), program.Namespace), programTime)
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(context.Background(), program.Namespace), program.Deadline)
 	defer cancel()
 	cl, err := client.New(c.socket())
 	if err != nil {

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/particle-os/particle/tests/program"
 )
 
 // A release is a podman to test with.
@@ -113,7 +115,7 @@ func chroot(t *testing.T, suite string) string {
 		if mirror := os.Getenv("PARTICLE_TEST_MIRROR"); mirror != "" {
 			args = append(args, mirror)
 		}
-		if out, errs, err := within(buildTime, exec.Command("mmdebstrap", args...)); err != nil {
+		if out, errs, err := program.Within(buildTime, exec.Command("mmdebstrap", args...)); err != nil {
 			t.Skipf("making a chroot of %s: %v\n%s", suite, err, tail(errs+out))
 		}
 		if err := os.Rename(temp, dir); err != nil {
@@ -197,7 +199,7 @@ network_config_dir = %q
 	write(t, filepath.Join(dir, "policy.json"), `{"default":[{"type":"insecureAcceptAnything"}]}`)
 	t.Cleanup(func() {
 		for _, args := range [][]string{{"rm", "--all", "--force", "--time=0"}, {"image", "umount", "--all"}} {
-			if _, errs, err := try(e.command(args...)); err != nil {
+			if _, errs, err := program.Run(e.command(args...)); err != nil {
 				t.Logf("podman %s: %v\n%s", strings.Join(args, " "), err, tail(errs))
 			}
 		}
@@ -240,7 +242,7 @@ func (e *engine) podman(args ...string) string {
 func (e *engine) quietly(args ...string) string {
 	e.t.Helper()
 	cmd := e.command(args...)
-	out, errs, err := try(cmd)
+	out, errs, err := program.Run(cmd)
 	if err != nil || strings.Contains(errs, "level=warning") || strings.Contains(errs, "level=error") {
 		e.t.Fatalf("podman %s: %v\n%s", strings.Join(args, " "), err, tail(errs+out))
 	}

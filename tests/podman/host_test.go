@@ -18,6 +18,7 @@ import (
 	"github.com/particle-os/particle/converter/fsverity"
 	"github.com/particle-os/particle/hostdeploy/initramfs"
 	"github.com/particle-os/particle/registry"
+	"github.com/particle-os/particle/tests/program"
 )
 
 // server is podman's name of the server example, which tests/setup/images.sh builds in
@@ -27,7 +28,7 @@ const server = "localhost/server"
 // publishedServer returns the reference of the server example in a registry of the test.
 func publishedServer(t *testing.T) (ref string, blobs *blobCount) {
 	t.Helper()
-	if _, _, err := try(exec.Command("podman", "image", "exists", server)); err != nil {
+	if _, _, err := program.Run(exec.Command("podman", "image", "exists", server)); err != nil {
 		t.Skipf("podman has no image %s; tests/setup/images.sh builds it", server)
 	}
 	addr, blobs, _ := serveFrom(t, sharedDir(t), registry.ServeOptions{})

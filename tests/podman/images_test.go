@@ -26,6 +26,7 @@ import (
 	"github.com/particle-os/particle/converter/scan"
 	"github.com/particle-os/particle/converter/tree"
 	"github.com/particle-os/particle/registry"
+	"github.com/particle-os/particle/tests/program"
 )
 
 // A blobCount is what a registry has sent.
@@ -242,7 +243,7 @@ func put(t testing.TB, img v1.Image, ref string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), programTime)
+	ctx, cancel := context.WithTimeout(context.Background(), program.Deadline)
 	defer cancel()
 	if err := remote.Write(r, img, remote.WithContext(ctx)); err != nil {
 		t.Fatal(err)
@@ -256,7 +257,7 @@ func layerDigests(t testing.TB, ref string) (digests []string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), programTime)
+	ctx, cancel := context.WithTimeout(context.Background(), program.Deadline)
 	defer cancel()
 	img, err := remote.Image(r, remote.WithContext(ctx))
 	if err != nil {

@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/particle-os/particle/tests/program"
 )
 
 // A layerStore is particle layer-store, or the place for it.
@@ -18,7 +20,7 @@ type layerStore struct {
 	store, dir, mounts string
 	flags              []string
 
-	service *service // nil while none runs
+	service *program.Process // nil while none runs
 	log     *logBuffer
 }
 
@@ -37,7 +39,7 @@ func newLayerStore(t testing.TB, flags ...string) *layerStore {
 	}
 	t.Cleanup(func() {
 		l.stop()
-		if _, errs, err := try(l.particle("layer-store", "stop", "--dir", l.dir, "--mounts", l.mounts)); err != nil {
+		if _, errs, err := program.Run(l.particle("layer-store", "stop", "--dir", l.dir, "--mounts", l.mounts)); err != nil {
 			t.Errorf("stopping the layer store: %v\n%s", err, errs)
 		}
 	})
@@ -56,10 +58,10 @@ func (l *layerStore) start() {
 	cmd := l.particle(append([]string{"layer-store", "--dir", l.dir, "--mounts", l.mounts}, l.flags...)...)
 	cmd.Stderr = l.log
 	cmd.Env = append(os.Environ(), "REGISTRY_AUTH_FILE=", "XDG_RUNTIME_DIR="+l.store+"-none", "HOME="+l.store+"-none", "DOCKER_CONFIG=")
-	l.service = start(l.t, cmd)
+	l.service = program.StartCmd(l.t, cmd)
 	select {
 	case <-ready:
-	case <-l.service.done:
+	case <-l.service.Done():
 		l.t.Fatalf("the layer store ended: %s", cmd.ProcessState)
 	case <-time.After(30 * time.Second):
 		l.t.Fatal("the layer store is not ready after 30 s")
@@ -71,7 +73,7 @@ func (l *layerStore) end(sig syscall.Signal) {
 	l.t.Helper()
 	s := l.service
 	l.service = nil
-	if err := s.end(sig); err != nil {
+	if err := s.Stop(sig); err != nil {
 		l.t.Fatalf("the layer store, sent %s: %v", sig, err)
 	}
 }

@@ -6,7 +6,6 @@
 package podman
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -19,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/particle-os/particle/converter/mount"
+	"github.com/particle-os/particle/tests/program"
 )
 
 // particle is the command under test, built once.
@@ -52,12 +52,10 @@ func testMain(m *testing.M) (status int) {
 		return 1
 	}
 	particle = filepath.Join(dir, "particle")
-	ctx, cancel := context.WithTimeout(context.Background(), buildTime)
-	defer cancel()
-	build := exec.CommandContext(ctx, "go", "build", "-o", particle, "github.com/particle-os/particle/cmd/particle")
+	build := exec.Command("go", "build", "-o", particle, "github.com/particle-os/particle/cmd/particle")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		fmt.Fprintf(os.Stderr, "building particle: %v\n%s", err, out)
+	if _, errs, err := program.Within(buildTime, build); err != nil {
+		fmt.Fprintf(os.Stderr, "building particle: %v\n%s", err, errs)
 		return 1
 	}
 	return m.Run()
@@ -146,7 +144,7 @@ func need(t testing.TB, programs ...string) {
 // run runs a program and returns what it printed on stdout; it must succeed.
 func run(t testing.TB, cmd *exec.Cmd) string {
 	t.Helper()
-	out, errs, err := try(cmd)
+	out, errs, err := program.Run(cmd)
 	if err != nil {
 		t.Fatalf("%s: %v\n%s", cmd, err, tail(errs+out))
 	}

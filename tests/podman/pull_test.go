@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/particle-os/particle/registry"
+	"github.com/particle-os/particle/tests/program"
 )
 
 // forEach runs a test with each podman that layer stores work with.
@@ -36,7 +37,7 @@ func TestForgets(t *testing.T) {
 			l.start()
 			e := newEngine(t, rel, l.dir)
 			e.podman("pull", "-q", ref)
-			if _, errs, err := try(e.command("image", "mount", ref)); err == nil || !strings.Contains(errs, "layer not known") {
+			if _, errs, err := program.Run(e.command("image", "mount", ref)); err == nil || !strings.Contains(errs, "layer not known") {
 				t.Errorf("podman image mount says %v\n%s", err, errs)
 			}
 		})

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/particle-os/particle/registry"
+	"github.com/particle-os/particle/tests/program"
 )
 
 // TestConcurrent pulls 16 images side by side that share layers, half of them into one
@@ -50,7 +51,7 @@ func TestConcurrent(t *testing.T) {
 	var wg sync.WaitGroup
 	for i, ref := range refs {
 		wg.Go(func() {
-			if _, errs, err := try(engines[i].command("pull", "-q", ref)); err != nil {
+			if _, errs, err := program.Run(engines[i].command("pull", "-q", ref)); err != nil {
 				t.Errorf("podman pull %s: %v\n%s", ref, err, tail(errs))
 			}
 		})
@@ -213,7 +214,7 @@ func TestFallback(t *testing.T) {
 	l.evict()
 	stop()
 	l.start()
-	_, errs, err := try(e.command("run", "--rm", ref, "true"))
+	_, errs, err := program.Run(e.command("run", "--rm", ref, "true"))
 	if err == nil || !strings.Contains(errs, "host is down") {
 		t.Errorf("without layer and registry podman run says %v\n%s", err, errs)
 	}
@@ -257,7 +258,7 @@ func TestTree(t *testing.T) {
 
 	// The bytes are there when asked for only.
 	save := func() error {
-		_, errs, err := try(e.command("save", "-q", "--format", "oci-archive", "-o", filepath.Join(e.dir, "saved.tar"), ref))
+		_, errs, err := program.Run(e.command("save", "-q", "--format", "oci-archive", "-o", filepath.Join(e.dir, "saved.tar"), ref))
 		if err != nil {
 			err = fmt.Errorf("%w: %s", err, errs)
 		}
@@ -273,7 +274,7 @@ func TestTree(t *testing.T) {
 
 	// After a boot nothing is mounted: podman must not take empty directories for layers.
 	run(t, l.particle("layer-store", "stop", "--dir", l.dir, "--mounts", l.mounts))
-	if _, errs, err := try(e.command("run", "--rm", ref, "true")); err == nil || !strings.Contains(errs, "no such file or directory") {
+	if _, errs, err := program.Run(e.command("run", "--rm", ref, "true")); err == nil || !strings.Contains(errs, "no such file or directory") {
 		t.Errorf("without mounts podman run says %v\n%s", err, errs)
 	}
 	run(t, l.particle("layer-store", "tree", "--dir", l.dir, "--mounts", l.mounts))
