@@ -80,6 +80,9 @@ func newApp(t *term) *cli.App {
 		},
 		Before: func(c *cli.Context) error {
 			t.quiet = c.Bool("quiet")
+			if c.String("store") == "" {
+				return usagef("--store and PARTICLE_STORE: want a directory, got nothing")
+			}
 			return nil
 		},
 		Action: func(c *cli.Context) error {

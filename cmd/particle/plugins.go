@@ -99,7 +99,7 @@ func newPluginsCommand(t *term) *cli.Command {
 	return &cli.Command{
 		Name:  "plugins",
 		Usage: "make other programs use the store",
-		Description: "BRIDGE is the name of a program; without it, all that are installed are meant.\n" +
+		Description: "BRIDGE is a program, containerd or podman; without it, all that are installed are meant.\n" +
 			"What a program should know goes into a file beside its own. Only podman up to 5 has no\n" +
 			"such files: there it goes between marks into storage.conf. disable takes it out again.",
 		Subcommands: []*cli.Command{
