@@ -158,6 +158,9 @@ func installToDisk(t *term, c *cli.Context, path string) error {
 		return usageError{err}
 	}
 	o := disk.Options{Layout: installer.Layout(), FS: disk.FS(c.String("filesystem")), Wipe: c.Bool("wipe")}
+	if o.FS != disk.Ext4 && o.FS != disk.Btrfs && o.FS != disk.XFS {
+		return usagef("--filesystem: got %q, want ext4, btrfs or xfs", o.FS)
+	}
 	// A device has its size, and so has a file that is there.
 	if fi, err := os.Stat(path); c.IsSet("size") || errors.Is(err, os.ErrNotExist) || err == nil && fi.Mode().IsRegular() && fi.Size() == 0 {
 		if o.Size, err = parseSize(c.String("size")); err != nil {

@@ -212,6 +212,6 @@ func (t *term) report(ctx context.Context, err error) int {
 		t.errorf("%v", context.Cause(ctx))
 		return exitFailure
 	}
-	t.errorf("%v", err)
+	t.errorf("%v%s", err, hint(err, os.Geteuid()))
 	return exitFailure
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -172,6 +173,9 @@ func changeBridges(t *term, c *cli.Context, plan func(bridge, context.Context) (
 			}
 		}
 		p, err := plan(b, c.Context)
+		if errors.Is(err, exec.ErrNotFound) {
+			return fmt.Errorf("%s is not installed: there is no such program in PATH", b.name())
+		}
 		if err != nil {
 			return fmt.Errorf("%s: %w", b.name(), err)
 		}
