@@ -49,12 +49,18 @@ func FileSystemOf(ctx context.Context, dir string) (*FileSystem, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading the mounts: %w", err)
 	}
-	if fs == nil || !strings.HasPrefix(fs.Device, "/dev/") {
-		return nil, fmt.Errorf("%q is not on a file system of a disk: got %+v", dir, fs)
+	if fs == nil {
+		return nil, fmt.Errorf("looking for the file system of %q: no mount has it", dir)
+	}
+	if !strings.HasPrefix(fs.Device, "/dev/") {
+		return nil, fmt.Errorf("%q is not on a file system of a disk: got %s of %s", dir, fs.Type, fs.Device)
 	}
 	out, err := exec.CommandContext(ctx, "blkid", "-c", "/dev/null", "-o", "value", "-s", "UUID", fs.Device).Output()
-	if fs.UUID = string(bytes.TrimSpace(out)); err != nil || fs.UUID == "" {
-		return nil, fmt.Errorf("asking blkid for the UUID of %s, which has %q: got %q (%v)", fs.Device, dir, fs.UUID, err)
+	if err != nil {
+		return nil, fmt.Errorf("asking blkid for the UUID of %s, which has %q: %w; it takes root and a disk that can be read", fs.Device, dir, err)
+	}
+	if fs.UUID = string(bytes.TrimSpace(out)); fs.UUID == "" {
+		return nil, fmt.Errorf("the file system of %q on %s has no UUID that blkid can read; it takes root and a disk that can be read", dir, fs.Device)
 	}
 	return fs, nil
 }

@@ -130,11 +130,17 @@ func Open(o HostOptions) (*Host, error) {
 	if h.Booted, err = running(o); err != nil {
 		return nil, err
 	}
-	if _, err := os.Stat(filepath.Join(h.Root, deployDir)); err != nil {
-		return nil, fmt.Errorf("%w: %w; particle hostdeploy install makes one", ErrNotHost, err)
+	if _, err := os.Stat(filepath.Join(h.Root, deployDir)); errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: there is no %s; particle hostdeploy install makes one", ErrNotHost, filepath.Join(h.Root, deployDir))
+	} else if err != nil {
+		return nil, fmt.Errorf("looking for deployments: %w", err)
 	}
-	if h.Store, err = store.Open(filepath.Join(h.Root, storeDir)); err != nil {
+	h.Store, err = store.Open(filepath.Join(h.Root, storeDir))
+	if errors.Is(err, store.ErrNotStore) {
 		return nil, fmt.Errorf("%w: %w", ErrNotHost, err)
+	}
+	if err != nil {
+		return nil, err // a store that this user may not read is one
 	}
 	if h.Paths, err = BootPaths(o.Boot); err != nil {
 		return nil, err

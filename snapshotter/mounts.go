@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math"
 	"os"
 	"path/filepath"
@@ -420,6 +421,9 @@ func (s *Snapshotter) unmountUnused() error {
 // away; New mounts them again.
 func UnmountAll(root string) error {
 	root, err := filepath.EvalSymlinks(root)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // nothing ever was
+	}
 	if err != nil {
 		return err
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"strconv"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -9,11 +10,13 @@ import (
 // arrange moves the flags of a verb in front of its arguments and the flags of the
 // whole program in front of the verb, so that they may stand anywhere, as users of
 // podman and apt write them. What follows "--" stays where it is, and so do the
-// arguments of verbs that parse their own.
+// arguments of verbs that parse their own. Where help is asked for, nothing but the verb
+// is left.
 func arrange(app *cli.App, args []string) ([]string, error) {
 	global := flagTable(app.Flags)
-	var front, verbs, flags, rest []string
+	var front, verbs, flags, rest, unknown []string
 	cmds := app.Commands
+	help, parsed := false, true
 	local := map[string]bool{}
 	inVerbs := true
 
@@ -24,7 +27,7 @@ func arrange(app *cli.App, args []string) ([]string, error) {
 			break
 		}
 		if len(arg) > 1 && arg[0] == '-' {
-			name, _, joined := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+			name, value, joined := strings.Cut(strings.TrimLeft(arg, "-"), "=")
 			dst := &flags
 			takesValue, known := local[name]
 			if !known {
@@ -32,10 +35,20 @@ func arrange(app *cli.App, args []string) ([]string, error) {
 					dst = &front
 				}
 			}
+			if name == "help" || name == "h" {
+				help = true
+				continue
+			}
+			if !known {
+				unknown = append(unknown, arg)
+			}
+			if _, err := strconv.ParseBool(value); known && !takesValue && joined && err != nil {
+				return nil, usagef("option %s takes no value, got %q", strings.TrimSuffix(arg, "="+value), value)
+			}
 			*dst = append(*dst, arg)
 			if takesValue && !joined {
 				if i+1 == len(args) {
-					return nil, usagef("flag %s needs a value", arg)
+					return nil, usagef("option %s needs a value", arg)
 				}
 				i++
 				*dst = append(*dst, args[i])
@@ -46,6 +59,7 @@ func arrange(app *cli.App, args []string) ([]string, error) {
 			if cmd := findCommand(cmds, arg); cmd != nil {
 				verbs = append(verbs, arg)
 				if cmd.SkipFlagParsing {
+					parsed = false
 					rest = append(rest, args[i+1:]...)
 					break
 				}
@@ -60,6 +74,22 @@ func arrange(app *cli.App, args []string) ([]string, error) {
 		rest = append(rest, arg)
 	}
 
+	// "particle help VERB" is another way to say it.
+	if len(verbs) == 0 && len(rest) > 0 && (rest[0] == "help" || rest[0] == "h") {
+		return arrange(app, append(append([]string{args[0]}, rest[1:]...), "--help"))
+	}
+	if help && (len(verbs) > 0 || len(rest) == 0) {
+		return append(append([]string{args[0]}, verbs...), "--help"), nil
+	}
+	// Of a flag before its verb only now is known what it is. The shell's completion
+	// asks with flags that are half written.
+	completes := len(rest) > 0 && rest[0] == "--generate-bash-completion"
+	for _, arg := range unknown {
+		option, _, _ := strings.Cut(arg, "=")
+		if _, known := local[strings.TrimLeft(option, "-")]; !known && parsed && !completes {
+			return nil, usagef("there is no option %s; see %s --help", option, strings.Join(append([]string{app.Name}, verbs...), " "))
+		}
+	}
 	out := append([]string{args[0]}, front...)
 	out = append(out, verbs...)
 	out = append(out, flags...)
@@ -85,4 +115,13 @@ func flagTable(flags []cli.Flag) map[string]bool {
 		}
 	}
 	return table
+}
+
+// noArgs refuses the arguments of a verb that takes none: what was meant as a limit to
+// what it does is no limit.
+func noArgs(c *cli.Context) error {
+	if c.NArg() == 0 {
+		return nil
+	}
+	return usagef("%s takes no arguments, got %q", strings.TrimPrefix(c.Command.HelpName, c.App.Name+" "), c.Args().First())
 }

@@ -56,7 +56,7 @@ func newBootstrapCommand(t *term) *cli.Command {
 			&cli.StringFlag{Name: "arch", Usage: "Debian's `NAME` of the architecture (default: this machine's)"},
 			&cli.StringSliceFlag{Name: "aptopt", Usage: "apt `OPTION` for the installation only, such as 'Acquire::http::Proxy \"http://...\"'; may repeat"},
 			&cli.StringFlag{Name: "epoch", EnvVars: []string{"SOURCE_DATE_EPOCH"}, Usage: "`SECONDS` since 1970 that stand for now (default: the date of the suite's Release file)"},
-			&cli.StringFlag{Name: "compression", Value: "gzip", Usage: "gzip, zstd or none: `HOW` the layer is stored in TARGET"},
+			&cli.StringFlag{Name: "compression", Value: "gzip", Usage: "compress the layer in TARGET as `none|gzip|zstd`"},
 			&cli.StringFlag{Name: "name", Aliases: []string{"tag"}, Usage: "`NAME` in the store, or tag in a layout or archive given without one (default: SUITE)"},
 			&cli.BoolFlag{Name: "json", Usage: "print the result as JSON"},
 		),

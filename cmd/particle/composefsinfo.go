@@ -35,6 +35,10 @@ commands:
 // (tools/composefs-info.c), with its options and output, and its exit statuses: 1 for
 // all failures, of usage too.
 func composefsInfoMain(_ context.Context, args []string, _ io.Reader, stdout, stderr io.Writer) int {
+	if wantsHelp(args) {
+		io.WriteString(stdout, composefsInfoUsage)
+		return exitOK
+	}
 	w := bufio.NewWriterSize(stdout, 64<<10)
 	err := composefsInfo(args, w)
 	if e := w.Flush(); err == nil {

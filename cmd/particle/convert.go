@@ -19,7 +19,7 @@ func newConvertCommand(t *term) *cli.Command {
 			"containers-storage:), or the path of a directory, a tar file (- for stdin) or a\n" +
 			"composefs image. NAME is what the store calls it; the default follows from SOURCE.",
 		Flags: append(convertFlags(),
-			&cli.StringFlag{Name: "arch", Usage: "the architecture of a directory or tar, which do not say (default: this machine's)"},
+			&cli.StringFlag{Name: "arch", Usage: "the `NAME` of the architecture of a directory or tar, which do not say (default: this machine's)"},
 			&cli.BoolFlag{Name: "link", Usage: "hard-link a directory's files into the store; nobody may write to them any more"},
 			&cli.BoolFlag{Name: "cross-mounts", Usage: "take what is mounted below a directory, too"},
 			&cli.StringSliceFlag{Name: "basedir", Usage: "take a composefs image's objects from this `DIR`ectory (default: the store's)"},

@@ -51,6 +51,12 @@ func getopt(args []string, options []longOption, fn func(name, value string) err
 	return rest, nil
 }
 
+// wantsHelp reports whether help is all that is asked for. The programs of the composefs
+// project have no such option, and nobody relies on an error.
+func wantsHelp(args []string) bool {
+	return len(args) == 1 && (args[0] == "--help" || args[0] == "-h")
+}
+
 func findOption(options []longOption, name string) (longOption, error) {
 	var found []longOption
 	for _, o := range options {

@@ -128,6 +128,7 @@ func fetch(ctx context.Context, t *term, c *cli.Context, st *store.Store, image 
 		if !errors.Is(err, converter.ErrNotFound) {
 			return "", "", err
 		}
+		t.infof("the store has no image %q: asking for %s", image, inRegistry(image))
 		image = inRegistry(image)
 	}
 	ref, err := registry.ParseRef(image)

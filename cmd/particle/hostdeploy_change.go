@@ -417,6 +417,9 @@ func newHostGCCommand(t *term) *cli.Command {
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "remove nothing, only tell"},
 			&cli.BoolFlag{Name: "json", Usage: "print the result as JSON"}),
 		Action: func(c *cli.Context) error {
+			if err := noArgs(c); err != nil {
+				return err
+			}
 			h, _, unlock, err := change(t, c)
 			if err != nil {
 				return err

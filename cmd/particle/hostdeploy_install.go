@@ -79,7 +79,7 @@ func newInstallCommand(t *term) *cli.Command {
 
 func installFlags() []cli.Flag {
 	return append(registryFlags(),
-		&cli.StringFlag{Name: "image", Required: true, Usage: "`IMAGE` to install: a name in the store, or a reference as docker://HOST/REPO:TAG"},
+		&cli.StringFlag{Name: "image", Usage: "`IMAGE` to install: a name in the store, or a reference as docker://HOST/REPO:TAG"},
 		&cli.StringFlag{Name: "bootloader", Usage: "`LOADER`: " + strings.Join(bootloader.Names(), ", ") + " (default: systemd-boot for a disk, the present one else)"},
 		&cli.StringSliceFlag{Name: "karg", Usage: "kernel `ARG`ument of this machine, kept over all upgrades"},
 		&cli.StringFlag{Name: "target-imgref", Usage: "take updates from this `REFERENCE` instead of IMAGE"},
@@ -89,6 +89,14 @@ func installFlags() []cli.Flag {
 		&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be done and leave nothing behind"},
 		&cli.BoolFlag{Name: "json", Usage: "print the result as JSON"},
 	)
+}
+
+// needImage refuses an installation of nothing.
+func needImage(c *cli.Context) error {
+	if c.String("image") == "" {
+		return usagef("%s needs an --image IMAGE to install", strings.TrimPrefix(c.Command.HelpName, c.App.Name+" hostdeploy "))
+	}
+	return nil
 }
 
 // newHost fills in what all ways of installing have in common.
@@ -138,6 +146,9 @@ type installed struct {
 }
 
 func installToDisk(t *term, c *cli.Context, path string) error {
+	if err := needImage(c); err != nil {
+		return err
+	}
 	loader := c.String("bootloader")
 	if loader == "" {
 		loader = "systemd-boot"
@@ -147,6 +158,9 @@ func installToDisk(t *term, c *cli.Context, path string) error {
 		return usageError{err}
 	}
 	o := disk.Options{Layout: installer.Layout(), FS: disk.FS(c.String("filesystem")), Wipe: c.Bool("wipe")}
+	if o.FS != disk.Ext4 && o.FS != disk.Btrfs && o.FS != disk.XFS {
+		return usagef("--filesystem: got %q, want ext4, btrfs or xfs", o.FS)
+	}
 	// A device has its size, and so has a file that is there.
 	if fi, err := os.Stat(path); c.IsSet("size") || errors.Is(err, os.ErrNotExist) || err == nil && fi.Mode().IsRegular() && fi.Size() == 0 {
 		if o.Size, err = parseSize(c.String("size")); err != nil {
@@ -292,6 +306,9 @@ func loaderTarget(ctx context.Context, device, boot string, bootFS *hostdeploy.F
 }
 
 func installToFilesystem(t *term, c *cli.Context, dir string) error {
+	if err := needImage(c); err != nil {
+		return err
+	}
 	fs, err := hostdeploy.FileSystemOf(c.Context, dir)
 	if err != nil {
 		return err

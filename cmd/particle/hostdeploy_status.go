@@ -162,6 +162,9 @@ func newHistoryCommand(t *term) *cli.Command {
 		Usage: "show what was deployed, booted and removed",
 		Flags: append(bootFlags(), &cli.BoolFlag{Name: "json", Usage: "print JSON"}),
 		Action: func(c *cli.Context) error {
+			if err := noArgs(c); err != nil {
+				return err
+			}
 			h, err := openHost(t, c)
 			if err != nil {
 				return err

@@ -80,6 +80,9 @@ func newApp(t *term) *cli.App {
 		},
 		Before: func(c *cli.Context) error {
 			t.quiet = c.Bool("quiet")
+			if c.String("store") == "" {
+				return usagef("--store and PARTICLE_STORE: want a directory, got nothing")
+			}
 			return nil
 		},
 		Action: func(c *cli.Context) error {
@@ -209,6 +212,6 @@ func (t *term) report(ctx context.Context, err error) int {
 		t.errorf("%v", context.Cause(ctx))
 		return exitFailure
 	}
-	t.errorf("%v", err)
+	t.errorf("%v%s", err, hint(err, os.Geteuid()))
 	return exitFailure
 }

@@ -56,6 +56,10 @@ type mkcomposefsOptions struct {
 // Unlike that one it opens the image when it has read the source: a bad source
 // leaves an old image as it is.
 func mkcomposefsMain(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	if wantsHelp(args) {
+		io.WriteString(stdout, mkcomposefsUsage)
+		return exitOK
+	}
 	// Nearly all that is allocated lives until the end.
 	debug.SetGCPercent(400)
 	o, err := parseMkcomposefs(args)

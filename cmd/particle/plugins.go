@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -99,7 +100,7 @@ func newPluginsCommand(t *term) *cli.Command {
 	return &cli.Command{
 		Name:  "plugins",
 		Usage: "make other programs use the store",
-		Description: "BRIDGE is the name of a program; without it, all that are installed are meant.\n" +
+		Description: "BRIDGE is a program, containerd or podman; without it, all that are installed are meant.\n" +
 			"What a program should know goes into a file beside its own. Only podman up to 5 has no\n" +
 			"such files: there it goes between marks into storage.conf. disable takes it out again.",
 		Subcommands: []*cli.Command{
@@ -172,6 +173,9 @@ func changeBridges(t *term, c *cli.Context, plan func(bridge, context.Context) (
 			}
 		}
 		p, err := plan(b, c.Context)
+		if errors.Is(err, exec.ErrNotFound) {
+			return fmt.Errorf("%s is not installed: there is no such program in PATH", b.name())
+		}
 		if err != nil {
 			return fmt.Errorf("%s: %w", b.name(), err)
 		}

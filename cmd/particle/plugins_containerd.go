@@ -302,7 +302,7 @@ func (b *containerdBridge) status(ctx context.Context) (*bridgeStatus, error) {
 	st.Daemon = "answers"
 	if conn, err := (&net.Dialer{}).DialContext(ctx, "unix", b.socket); err != nil {
 		st.Daemon = "does not answer"
-		st.Notes = append(st.Notes, fmt.Sprintf("%v: systemctl enable --now particle-snapshotter.socket", err))
+		st.Notes = append(st.Notes, fmt.Sprintf("nothing answers on %s (%v): systemctl enable --now particle-snapshotter.socket", b.socket, plain(err)))
 	} else {
 		conn.Close()
 	}

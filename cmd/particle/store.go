@@ -58,6 +58,9 @@ func newStoreCommand(t *term) *cli.Command {
 }
 
 func storeDF(t *term, c *cli.Context) error {
+	if err := noArgs(c); err != nil {
+		return err
+	}
 	st, err := readStore(t, c)
 	if err != nil {
 		return err
@@ -86,6 +89,9 @@ func storeDF(t *term, c *cli.Context) error {
 }
 
 func storeGC(t *term, c *cli.Context) error {
+	if err := noArgs(c); err != nil {
+		return err
+	}
 	st, err := freeStore(t, c)
 	if err != nil {
 		return err
@@ -131,6 +137,9 @@ func mountedImages(t *term, st *store.Store) ([]string, error) {
 }
 
 func storeFsck(t *term, c *cli.Context, scrub bool) error {
+	if err := noArgs(c); err != nil {
+		return err
+	}
 	st, err := freeStore(t, c)
 	if err != nil {
 		return err

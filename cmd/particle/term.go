@@ -2,10 +2,13 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 )
 
@@ -46,6 +49,22 @@ func (t *term) infof(format string, args ...any) {
 	if !t.quiet {
 		t.line(format, args...)
 	}
+}
+
+// hint tells a user of this id what may help against an error, "" for nothing.
+func hint(err error, uid int) string {
+	if uid != 0 && errors.Is(err, fs.ErrPermission) && !strings.Contains(err.Error(), "sudo") {
+		return "\nthis user may not do that: try sudo"
+	}
+	return ""
+}
+
+// plain is the last error of a chain, without the calls that met with it.
+func plain(err error) error {
+	for next := err; next != nil; next = errors.Unwrap(next) {
+		err = next
+	}
+	return err
 }
 
 // printf prints a result.

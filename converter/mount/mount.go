@@ -178,6 +178,9 @@ func Detached(opts Options) (*os.File, State, error) {
 func Attach(f *os.File, target string) error {
 	err := unix.MoveMount(int(f.Fd()), "", unix.AT_FDCWD, target,
 		unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_SYMLINKS)
+	if fi, serr := os.Stat(target); err != nil && serr == nil && !fi.IsDir() {
+		err = unix.ENOTDIR // move_mount(2) says EINVAL
+	}
 	if err != nil {
 		return fmt.Errorf("mounting on %q: %w", target, err)
 	}

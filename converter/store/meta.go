@@ -124,6 +124,9 @@ func (s *Store) readMeta() error {
 		}
 		return fmt.Errorf("%w: there is no %s", ErrNotStore, metaName)
 	}
+	if errors.Is(err, unix.ENOTDIR) {
+		return fmt.Errorf("%w: it is no directory", ErrNotStore)
+	}
 	if err != nil {
 		return err
 	}

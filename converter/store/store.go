@@ -82,15 +82,20 @@ type Options struct {
 // Open opens the store in dir. Errors are ErrNotStore where there is none,
 // ErrVersion and ErrFeature for one of another format.
 func Open(dir string) (*Store, error) {
-	abs, err := filepath.Abs(dir)
+	s, err := open(dir)
 	if err != nil {
 		return nil, fmt.Errorf("opening store %q: %w", dir, err)
 	}
-	s := &Store{dir: abs, chmod: umaskHides(objectMode)}
-	if err := s.readMeta(); err != nil {
-		return nil, fmt.Errorf("opening store %q: %w", dir, err)
-	}
 	return s, nil
+}
+
+func open(dir string) (*Store, error) {
+	abs, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{dir: abs, chmod: umaskHides(objectMode)}
+	return s, s.readMeta()
 }
 
 // Init makes a store in dir, with missing parent directories, and opens it. A store
@@ -108,7 +113,7 @@ func Init(dir string, opts Options) (*Store, error) {
 }
 
 func initStore(dir string, opts Options) (*Store, error) {
-	s, err := Open(dir)
+	s, err := open(dir)
 	if err == nil {
 		return s, s.wantAlgorithm(opts.Algorithm)
 	}
@@ -149,6 +154,9 @@ func initStore(dir string, opts Options) (*Store, error) {
 // Init leaves.
 func onlyEmptyStore(dir string) error {
 	top, err := os.ReadDir(dir)
+	if errors.Is(err, unix.ENOTDIR) {
+		return fmt.Errorf("%w: it is no directory", ErrNotStore)
+	}
 	if err != nil {
 		return err
 	}

@@ -150,7 +150,7 @@ type preparation struct {
 
 // refuseRunning keeps the command, whose default is "/", from taking keys, logs and
 // machine-id off the host on which somebody types it. A build has another root than the
-// host's init, or no init at all: proc is where the host's /proc/1 is looked for.
+// host's init, or process ids of its own: proc is where the host's /proc is looked for.
 func refuseRunning(root, host string) error {
 	tree, err := os.Stat(root)
 	if err != nil {
@@ -169,11 +169,20 @@ func refuseRunning(root, host string) error {
 		return nil // a chroot without /proc
 	}
 	name := strings.TrimSpace(string(init))
-	if name != "init" && name != "systemd" {
+	// Machines without systemd have inits of any name; what they all have is the first
+	// namespace of process ids. podman has builds in it, too, with pidns = "host".
+	ns, _ := os.Readlink(filepath.Join(host, "proc/self/ns/pid"))
+	_, err = os.Lstat(filepath.Join(host, "run/.containerenv"))
+	if name != "init" && name != "systemd" && (ns != firstPIDs || err == nil) {
 		return nil
 	}
+	// Where process 1 may not be looked at, nothing shows that this is a chroot.
 	if first, err := os.Stat(filepath.Join(host, "proc/1/root")); err == nil && !os.SameFile(first, tree) {
 		return nil // a chroot
 	}
 	return fmt.Errorf("%w: process 1 is %s; run it in the Containerfile, or name the directory of a tree", ErrRunning, name)
 }
+
+// firstPIDs is the first namespace of process ids, which the machine's own init is in
+// (PROC_PID_INIT_INO in Linux include/linux/proc_ns.h).
+const firstPIDs = "pid:[4026531836]"

@@ -515,6 +515,11 @@ func TestRefuseRunning(t *testing.T) {
 		"a build container":   {[]string{"proc/1/comm=sh\n", "run/systemd/"}, false},
 		"a chroot, no /proc":  {nil, false},
 		"particle as process": {[]string{"proc/1/comm=particle\n"}, false},
+		"another init":        {[]string{"proc/1/comm=runit\n", "proc/1/root->../..", "proc/self/ns/pid->pid:[4026531836]"}, true},
+		"a shy init":          {[]string{"proc/1/comm=agent\n", "proc/self/ns/pid->pid:[4026531836]"}, true},
+		"its chroot":          {[]string{"proc/1/comm=runit\n", "proc/1/root/", "proc/self/ns/pid->pid:[4026531836]"}, false},
+		"ids of its own":      {[]string{"proc/1/comm=sh\n", "proc/1/root->../..", "proc/self/ns/pid->pid:[4026532001]"}, false},
+		"the host's ids":      {[]string{"proc/1/comm=runit\n", "proc/self/ns/pid->pid:[4026531836]", "run/.containerenv="}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			host := t.TempDir()
