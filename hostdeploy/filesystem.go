@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -25,32 +26,9 @@ type FileSystem struct {
 
 // FileSystemOf finds the file system that a directory is on.
 func FileSystemOf(ctx context.Context, dir string) (*FileSystem, error) {
-	abs, err := filepath.Abs(dir)
-	if err == nil {
-		abs, err = filepath.EvalSymlinks(abs)
-	}
+	fs, _, err := mountOf(dir)
 	if err != nil {
 		return nil, fmt.Errorf("looking for the file system of %q: %w", dir, err)
-	}
-	f, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	var fs *FileSystem
-	err = mount.ParseMountinfo(f, func(e mount.Entry) error {
-		below := abs == e.Target || e.Target == "/" || strings.HasPrefix(abs, e.Target+"/")
-		// Of several mounts the longest target counts, and the last one at it.
-		if below && (fs == nil || len(e.Target) >= len(fs.Target)) {
-			fs = &FileSystem{Target: e.Target, Device: e.Source, Type: e.Type, Subvolume: e.Root}
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, fmt.Errorf("reading the mounts: %w", err)
-	}
-	if fs == nil {
-		return nil, fmt.Errorf("looking for the file system of %q: no mount has it", dir)
 	}
 	if !strings.HasPrefix(fs.Device, "/dev/") {
 		return nil, fmt.Errorf("%q is not on a file system of a disk: got %s of %s", dir, fs.Type, fs.Device)
@@ -65,6 +43,38 @@ func FileSystemOf(ctx context.Context, dir string) (*FileSystem, error) {
 	return fs, nil
 }
 
+// mountOf finds the mount that has a directory, without asking for its UUID, and the path
+// of the directory in its file system: "/" at the root.
+func mountOf(dir string) (fs *FileSystem, inside string, err error) {
+	abs, err := filepath.Abs(dir)
+	if err == nil {
+		abs, err = filepath.EvalSymlinks(abs)
+	}
+	if err != nil {
+		return nil, "", err
+	}
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return nil, "", err
+	}
+	defer f.Close()
+	err = mount.ParseMountinfo(f, func(e mount.Entry) error {
+		below := abs == e.Target || e.Target == "/" || strings.HasPrefix(abs, e.Target+"/")
+		// Of several mounts the longest target counts, and the last one at it.
+		if below && (fs == nil || len(e.Target) >= len(fs.Target)) {
+			fs = &FileSystem{Target: e.Target, Device: e.Source, Type: e.Type, Subvolume: e.Root}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, "", fmt.Errorf("reading the mounts: %w", err)
+	}
+	if fs == nil {
+		return nil, "", errors.New("no mount has it")
+	}
+	return fs, filepath.Join("/", fs.Subvolume, strings.TrimPrefix(abs, fs.Target)), nil
+}
+
 // RootArgs are the kernel arguments that lead to a physical root.
 func (fs *FileSystem) RootArgs() Args {
 	args := Args{"root=UUID=" + fs.UUID, "rootfstype=" + fs.Type, "rw"}
@@ -77,8 +87,11 @@ func (fs *FileSystem) RootArgs() Args {
 // Fstab is the line of fstab(5) that mounts the file system at a place.
 func (fs *FileSystem) Fstab(at string) string {
 	options := "defaults"
-	if fs.Type == "vfat" {
+	switch {
+	case fs.Type == "vfat":
 		options = "umask=0077"
+	case fs.Type == "btrfs" && fs.Subvolume != "/":
+		options = "subvol=" + fs.Subvolume
 	}
 	return fmt.Sprintf("UUID=%s %s %s %s 0 2\n", fs.UUID, at, fs.Type, options)
 }

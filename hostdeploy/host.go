@@ -153,19 +153,22 @@ func Open(o HostOptions) (*Host, error) {
 	return h, err
 }
 
-// BootPaths tells whether a directory is a file system of its own, so that the loader
-// sees its files at the root.
+// BootPaths tells where the loader sees a boot directory's files: at the root, if it is
+// a file system of its own, or else below its path in the file system that has it. That is
+// so, too, where the directory is bound to another place, as /sysroot/boot to /boot.
 func BootPaths(dir string) (bootloader.Paths, error) {
-	var here, above unix.Stat_t
-	if err := unix.Stat(dir, &here); err != nil {
-		return bootloader.Paths{}, fmt.Errorf("looking for the boot file system at %q: %w", dir, err)
+	// The path leads past dir, so that what is mounted there on demand is.
+	_, err := os.Stat(dir + "/.")
+	var inside string
+	if err == nil {
+		_, inside, err = mountOf(dir)
 	}
-	if err := unix.Stat(filepath.Join(dir, ".."), &above); err != nil {
+	if err != nil {
 		return bootloader.Paths{}, fmt.Errorf("looking for the boot file system at %q: %w", dir, err)
 	}
 	p := bootloader.Paths{Boot: dir}
-	if here.Dev == above.Dev && here.Ino != above.Ino {
-		p.Prefix = "/" + filepath.Base(dir)
+	if inside != "/" {
+		p.Prefix = inside
 	}
 	return p, nil
 }

@@ -327,7 +327,9 @@ func installToFilesystem(t *term, c *cli.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	if n.Paths.Prefix == "" {
+	// A directory of the physical root is bound to its place: the loader's files, and the
+	// programs that look after them, are at /boot on every host.
+	if n.Fstab = "/sysroot/boot /boot none bind 0 0\n"; bootFS.Target != fs.Target {
 		n.Fstab = bootFS.Fstab("/boot")
 	}
 	if n.Loader == "" {
