@@ -114,6 +114,9 @@ func (s *suicide) Progress(e Event) {
 // repeated conversion completes. (The store's own tests kill at each step of a
 // commit.)
 func TestKilled(t *testing.T) {
+	if testing.Short() {
+		t.Skip("kills processes; not in -short mode")
+	}
 	// A whole run tells how many events there are.
 	dir := newStore(t).Dir()
 	out, err := childProcess(dir, "crash").Output()
@@ -133,10 +136,7 @@ func TestKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	moments := 20
-	if testing.Short() {
-		moments = 6
-	}
+	const moments = 20
 	killed := 0
 	for i := range moments {
 		when := fmt.Sprintf("%s=%d", childKillAt, 1+events*i/moments)

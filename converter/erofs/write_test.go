@@ -74,6 +74,7 @@ var notStrict = map[string]bool{
 	"honggfuzz-longlink-unterminated.dump": true,
 }
 
+// vectors are all, but for the largest, of 64,000 inodes, in -short mode.
 func vectors(tb testing.TB) []vector {
 	tb.Helper()
 	sums, err := filepath.Glob(conformance + "/*.sha256")
@@ -83,6 +84,9 @@ func vectors(tb testing.TB) []vector {
 	var vs []vector
 	for _, sum := range sums {
 		file := strings.TrimSuffix(sum, ".sha256")
+		if testing.Short() && filepath.Base(file) == "cs9-x86_64-developer.dump.gz" {
+			continue
+		}
 		v := vector{
 			name:   filepath.Base(file),
 			text:   read(tb, file),
