@@ -46,11 +46,12 @@ type bridgeOptions struct {
 
 // States of a bridge.
 const (
-	bridgeOn       = "enabled"
-	bridgeOff      = "disabled"
-	bridgeOutdated = "outdated"      // enable would change something
-	bridgeUnused   = "not imported"  // written, and the program does not read it
-	bridgeAbsent   = "not installed" // the program is not here
+	bridgeOn         = "enabled"
+	bridgeOff        = "disabled"
+	bridgeOutdated   = "outdated"      // enable would change something
+	bridgeUnused     = "not imported"  // written, and the program does not read it
+	bridgeOverridden = "overridden"    // read, and another file has the last word
+	bridgeAbsent     = "not installed" // the program is not here
 )
 
 type bridgeStatus struct {
@@ -68,6 +69,7 @@ type bridgePlan struct {
 	Changes []fileChange `json:"changes"`
 	// Missing is what only the user can do, "" if the plan is all there is to do.
 	Missing string `json:"missing,omitempty"`
+	without string // the state of the bridge until that is done
 	// Notes are what to do next.
 	Notes []string `json:"notes,omitempty"`
 
@@ -84,7 +86,7 @@ type fileChange struct {
 	Dirs []string `json:"dirs,omitempty"`
 }
 
-// errNotInEffect: what could be written is written, and the program does not read it.
+// errNotInEffect: what could be written is written, and the program does not go by it.
 var errNotInEffect = errors.New("not in effect yet")
 
 func newPluginsCommand(t *term) *cli.Command {

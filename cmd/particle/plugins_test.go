@@ -80,6 +80,7 @@ func TestContainerdEnable(t *testing.T) {
 		path          string // of the drop-in, when not the usual one
 		want          string // what it says
 		missing       string // of what the user has to do
+		state         string // after it, when not enabled
 	}{
 		{
 			name: "1.6 has no proxies of differs", version: "1.6.20~ds1",
@@ -110,6 +111,8 @@ other = 1
 max_concurrent_downloads = 7
 unpack_config = [` + walkingOverlay + "," + ourUnpacking + `]
 `,
+			missing: "DIR/etc/more.toml is read later than DIR/etc/conf.d/particle.toml and replaces default of io.containerd.service.v1.diff-service; give it a place before, or ours a later name",
+			state:   bridgeOverridden,
 		},
 		{
 			name: "2.1 merges keys; a directory that is imported already", version: "2.1.9",
@@ -155,12 +158,14 @@ unpack_config = [` + walkingOverlay + "," + ourUnpacking + `]
 			files:   map[string]string{"etc/config.toml": "version = 2\n"},
 			want:    "version = 2\n[proxy_plugins.particle]\n" + snapshotProxy,
 			missing: "DIR/etc/config.toml imports nothing; add this line to it, before the first [table]:\nimports = [\"DIR/etc/conf.d/*.toml\"]",
+			state:   bridgeUnused,
 		},
 		{
 			name: "imports of other files", version: "1.6.20",
 			files:   map[string]string{"etc/config.toml": "version = 2\nimports = ['relative/*.toml', '/nowhere/*.conf']\n"},
 			want:    "version = 2\n[proxy_plugins.particle]\n" + snapshotProxy,
 			missing: "DIR/etc/config.toml imports other files; make the line that says so:\nimports = [\"relative/*.toml\", \"/nowhere/*.conf\", \"DIR/etc/conf.d/*.toml\"]",
+			state:   bridgeUnused,
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -204,8 +209,8 @@ unpack_config = [` + walkingOverlay + "," + ourUnpacking + `]
 				t.Errorf("enabled twice: %+v, %v", again, err)
 			}
 			state := bridgeOn
-			if tt.missing != "" {
-				state = bridgeUnused
+			if tt.state != "" {
+				state = tt.state
 			}
 			if st, err := b.status(t.Context()); err != nil || st.State != state || !slices.Contains(st.Files, filepath.Join(dir, path)) {
 				t.Errorf("status: %+v, %v, want %s", st, err, state)
