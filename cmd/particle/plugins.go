@@ -59,7 +59,7 @@ type bridgeStatus struct {
 	State   string   `json:"state"`
 	Version string   `json:"version,omitempty"` // of the program
 	Files   []string `json:"files,omitempty"`   // of ours that are there
-	Daemon  string   `json:"daemon,omitempty"`  // "answers" or why not
+	Daemon  string   `json:"daemon,omitempty"`  // whether it answers
 	Notes   []string `json:"notes,omitempty"`   // what people should know or do
 }
 

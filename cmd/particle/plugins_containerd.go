@@ -5,18 +5,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
-	"net"
 	"os/exec"
 	"path/filepath"
 	"reflect"
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
+	"time"
 
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/particle-os/particle"
+	"github.com/particle-os/particle/snapshotter/service"
 )
 
 // The first lines of files that enable writes; the second one names what else disable
@@ -343,14 +346,27 @@ func (b *containerdBridge) status(ctx context.Context) (*bridgeStatus, error) {
 		st.State = do.without
 		st.Notes = append(st.Notes, do.Missing)
 	}
-	st.Daemon = "answers"
-	if conn, err := (&net.Dialer{}).DialContext(ctx, "unix", b.socket); err != nil {
-		st.Daemon = "does not answer"
-		st.Notes = append(st.Notes, fmt.Sprintf("%v: systemctl enable --now particle-snapshotter.socket", err))
-	} else {
-		conn.Close()
+	var note string
+	if st.Daemon, note = daemonState(service.Ask(ctx, b.socket, askWait)); note != "" {
+		st.Notes = append(st.Notes, note)
 	}
 	return st, nil
+}
+
+// askWait is how long status waits for the daemon.
+const askWait = 5 * time.Second
+
+// daemonState says what came of asking the daemon, and what to do about it.
+func daemonState(err error) (state, note string) {
+	switch {
+	case err == nil:
+		return "answers", ""
+	case errors.Is(err, fs.ErrPermission):
+		return "not asked", fmt.Sprintf("%v: only root may ask the daemon", err)
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return "does not answer", fmt.Sprintf("%v: systemctl enable --now particle-snapshotter.socket", err)
+	}
+	return "does not answer", fmt.Sprintf("%v: journalctl -u particle-snapshotter says why", err)
 }
 
 // dropIn returns the text of the drop-in without its header.

@@ -1,12 +1,15 @@
 package main
 
 import (
+	"context"
 	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -160,4 +163,51 @@ func TestContainerdNamedImport(t *testing.T) {
 		t.Errorf("disable says %q, want %q", notes, want)
 	}
 	wantState(t, b, bridgeOff, "")
+}
+
+// TestDaemonState: status advises what helps.
+func TestDaemonState(t *testing.T) {
+	dial := func(err error) error {
+		return &net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", err)}
+	}
+	for _, tt := range []struct {
+		err         error
+		state, note string
+	}{
+		{nil, "answers", ""},
+		{dial(syscall.EACCES), "not asked", "only root may ask"},
+		{dial(syscall.ENOENT), "does not answer", "enable --now particle-snapshotter.socket"},
+		{dial(syscall.ECONNREFUSED), "does not answer", "enable --now particle-snapshotter.socket"},
+		{context.DeadlineExceeded, "does not answer", "journalctl"},
+	} {
+		if state, note := daemonState(tt.err); state != tt.state || !strings.Contains(note, tt.note) || (note == "") != (tt.note == "") {
+			t.Errorf("%v: got %q, %q", tt.err, state, note)
+		}
+	}
+}
+
+// TestContainerdDaemon: a socket at which nobody serves is no daemon that answers.
+func TestContainerdDaemon(t *testing.T) {
+	fakeContainerd(t, "2.4.2")
+	b := containerdAt(t, t.TempDir(), nil)
+	p, err := b.enable(t.Context())
+	changed(t, p, err)
+	b.socket = filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", b.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			conn.Close()
+		}
+	}()
+	defer l.Close()
+	if st, err := b.status(t.Context()); err != nil || st.Daemon != "does not answer" {
+		t.Errorf("got %+v, %v", st, err)
+	}
 }
