@@ -17,7 +17,7 @@ import (
 func changed(t testing.TB, p *bridgePlan, err error) *bridgePlan {
 	t.Helper()
 	if err == nil {
-		err = p.apply()
+		_, err = p.apply()
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -1,6 +1,9 @@
 package main
 
 import (
+	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -180,7 +183,7 @@ unpack_config = [` + walkingOverlay + "," + ourUnpacking + `]
 			if want := strings.ReplaceAll(tt.missing, "DIR", dir); p.Missing != want {
 				t.Errorf("missing: got %q, want %q", p.Missing, want)
 			}
-			if err := p.apply(); err != nil {
+			if _, err := p.apply(); err != nil {
 				t.Fatal(err)
 			}
 			path := tt.path
@@ -218,7 +221,7 @@ unpack_config = [` + walkingOverlay + "," + ourUnpacking + `]
 
 			undo, err := b.disable(t.Context())
 			if err == nil {
-				err = undo.apply()
+				_, err = undo.apply()
 			}
 			if err != nil {
 				t.Fatal(err)
@@ -249,7 +252,7 @@ func TestContainerdOutdated(t *testing.T) {
 		t.Helper()
 		p, err := b.enable(t.Context())
 		if err == nil {
-			err = p.apply()
+			_, err = p.apply()
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -311,8 +314,60 @@ func TestPlanIsWhatWasShown(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := p.apply(); err == nil || !strings.Contains(err.Error(), "changed by somebody else") {
+		if _, err := p.apply(); err == nil || !strings.Contains(err.Error(), "changed by somebody else") {
 			t.Errorf("with %q there: got %v", now, err)
+		}
+	}
+}
+
+// A plannedBridge has the plan that a test gives it.
+type plannedBridge struct {
+	bridge
+	plan *bridgePlan
+	err  error
+}
+
+func (b *plannedBridge) name() string                                { return "planned" }
+func (b *plannedBridge) enable(context.Context) (*bridgePlan, error) { return b.plan, b.err }
+
+// TestPlansFirst: one bridge that cannot be changed keeps all from being changed, and
+// what is changed nevertheless is told.
+func TestPlansFirst(t *testing.T) {
+	unfit, other := errors.New("unfit"), errors.New("unfit, too")
+	bridges := []bridge{&plannedBridge{plan: &bridgePlan{}}, &plannedBridge{err: unfit}, &plannedBridge{err: other}}
+	if _, err := planBridges(t.Context(), bridges, bridge.enable); !errors.Is(err, unfit) || !errors.Is(err, other) {
+		t.Errorf("got %v", err)
+	}
+
+	dir, text := t.TempDir(), "new\n"
+	file := func(name string) string { return filepath.Join(dir, name) }
+	write := func(name string) fileChange { return fileChange{Path: file(name), New: &text} }
+	if err := os.WriteFile(file("taken"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, json := range []bool{false, true} {
+		plans := []*bridgePlan{
+			{Name: "first", Changes: []fileChange{write("a")}, Missing: "a line"},
+			{Name: "second", Changes: []fileChange{write("b"), write("taken"), write("c")}},
+			{Name: "third", prepare: func() error { return unfit }},
+			{Name: "fourth", Changes: []fileChange{write("d")}},
+		}
+		var out, stderr bytes.Buffer
+		err := applyPlans(&term{out: &out, err: &stderr}, plans, false, json)
+		if !errors.Is(err, unfit) || !errors.Is(err, errNotInEffect) || !strings.Contains(err.Error(), "second: "+file("taken")) {
+			t.Errorf("got %v", err)
+		}
+		for name, there := range map[string]bool{"a": true, "b": true, "c": false, "d": true} {
+			if _, err := os.Stat(file(name)); (err == nil) != there {
+				t.Errorf("file %s: %v", name, err)
+			}
+			if told := strings.Contains(out.String(), file(name)); told != there {
+				t.Errorf("file %s is told: %v in\n%s", name, told, out.String())
+			}
+			os.Remove(file(name))
+		}
+		if strings.Contains(out.String(), file("taken")) {
+			t.Errorf("what was not done is told:\n%s", out.String())
 		}
 	}
 }
