@@ -93,11 +93,11 @@ func newContainerdBridge(o bridgeOptions) (*containerdBridge, error) {
 	if o.config != "" {
 		b.decl.DropIn = filepath.Join(filepath.Dir(b.config), filepath.Base(filepath.Dir(b.decl.DropIn)), filepath.Base(b.decl.DropIn))
 	}
-	platform := "linux/" + runtime.GOARCH
-	if runtime.GOARCH == "arm" {
-		platform += "/v7"
+	arch := runtime.GOARCH
+	if arch == "arm" {
+		arch += "/v7"
 	}
-	b.subst = strings.NewReplacer("${socket}", b.socket, "${root}", root, "${platform}", platform)
+	b.subst = strings.NewReplacer("${socket}", b.socket, "${root}", root, "${arch}", arch)
 	return b, nil
 }
 

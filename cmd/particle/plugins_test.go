@@ -45,7 +45,7 @@ func containerdAt(t testing.TB, dir string, files map[string]string) *containerd
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.subst = strings.NewReplacer("${socket}", "SOCKET", "${root}", "ROOT", "${platform}", "linux/amd64")
+	b.subst = strings.NewReplacer("${socket}", "SOCKET", "${root}", "ROOT", "${arch}", "amd64")
 	return b
 }
 
@@ -72,6 +72,7 @@ const (
 	snapshotProxy = `type = "snapshot"
 address = "SOCKET"
 `
+	nativeErofs    = `{ platform = "linux(+erofs)/amd64", snapshotter = "erofs", differ = "erofs", optional = true }`
 	walkingOverlay = `{ platform = "linux/amd64", snapshotter = "overlayfs", differ = "walking" }`
 	ourUnpacking   = `{ platform = "linux/amd64", snapshotter = "particle", differ = "particle-diff" }`
 )
@@ -153,7 +154,23 @@ capabilities = []
 [plugins."io.containerd.service.v1.diff-service"]
 default = ["particle-diff", "walking"]
 [plugins."io.containerd.transfer.v1.local"]
-unpack_config = [` + walkingOverlay + "," + ourUnpacking + `]
+unpack_config = [` + walkingOverlay + "," + nativeErofs + "," + ourUnpacking + `]
+`,
+		},
+		{
+			name: "2.3 does not take staged layers", version: "v2.3.4",
+			want: `version = 3
+[proxy_plugins.particle]
+capabilities = ["remap-ids"]
+exports = { root = "ROOT", enable_remote_snapshot_annotations = "true" }
+` + snapshotProxy + `[proxy_plugins.particle-diff]
+type = "diff"
+address = "SOCKET"
+capabilities = []
+[plugins."io.containerd.service.v1.diff-service"]
+default = ["particle-diff", "walking"]
+[plugins."io.containerd.transfer.v1.local"]
+unpack_config = [` + walkingOverlay + "," + nativeErofs + "," + ourUnpacking + `]
 `,
 		},
 		{
