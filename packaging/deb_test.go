@@ -169,14 +169,16 @@ func testContents(t *testing.T, deb string) {
 // where neither systemd nor an initramfs is.
 func testInstall(t *testing.T, deb string) {
 	root := t.TempDir()
+	t.Setenv("CONTAINERS_STORAGE_CONF", "") // podman's usual one
 	// What maintainer scripts run in: a shell and update-alternatives, from this system.
-	for _, dir := range []string{"usr/bin", "usr/sbin", "usr/lib", "etc/alternatives", "var/lib/dpkg/alternatives", "var/lib/dpkg/info", "var/lib/dpkg/updates", "var/lib/dpkg/triggers", "var/log", "tmp"} {
+	for _, dir := range []string{"usr/bin", "usr/sbin", "usr/lib", "etc/alternatives", "etc/containers", "dev", "var/lib/dpkg/alternatives", "var/lib/dpkg/info", "var/lib/dpkg/updates", "var/lib/dpkg/triggers", "var/log", "tmp"} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	for _, name := range []string{"status", "available"} {
-		if err := os.WriteFile(filepath.Join(root, "var/lib/dpkg", name), nil, 0o644); err != nil {
+	// A program that is run by another one reads /dev/null; an empty file is as good.
+	for _, name := range []string{"var/lib/dpkg/status", "var/lib/dpkg/available", "dev/null"} {
+		if err := os.WriteFile(filepath.Join(root, name), nil, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -204,6 +206,7 @@ func testInstall(t *testing.T, deb string) {
 	if !strings.Contains(help, "container images as bootable, immutable systems") {
 		t.Errorf("particle --help in the root printed %q", help)
 	}
+	testBridges(t, root)
 	// A file of the package composefs wins over the alternative, which may be set again.
 	mkcomposefs := filepath.Join(root, "usr/bin/mkcomposefs")
 	if err := os.Remove(mkcomposefs); err != nil {
@@ -220,8 +223,28 @@ func testInstall(t *testing.T, deb string) {
 	if err := os.Remove(mkcomposefs); err != nil {
 		t.Fatal(err)
 	}
+	// What Particle keeps of podman's stays, and podman is not told of it any more.
+	command(t, root, nil, "rm", "-r", "var/lib/particle-podman")
+	command(t, root, nil, "rm", "usr/bin/containerd", "usr/bin/podman")
 	if after := list(); after != before {
 		t.Errorf("a purge does not leave what was there:\n%s\nwant\n%s", after, before)
+	}
+}
+
+// testBridges turns on the bridges that a removal has to turn off. The programs are
+// stand-ins.
+func testBridges(t *testing.T, root string) {
+	t.Helper()
+	for name, version := range map[string]string{"containerd": "containerd github.com/containerd/containerd v1.7.24 0", "podman": "podman version 4.3.1"} {
+		if err := os.WriteFile(filepath.Join(root, "usr/bin", name), []byte("#!/bin/sh\necho "+version+"\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	command(t, "", nil, "chroot", root, "/usr/bin/particle", "plugins", "enable")
+	for _, path := range []string{"etc/containerd/conf.d/particle.toml", "etc/containers/storage.conf"} {
+		if _, err := os.Stat(filepath.Join(root, path)); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

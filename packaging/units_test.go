@@ -5,6 +5,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -106,6 +107,13 @@ func TestBridges(t *testing.T) {
 			if strings.HasPrefix(key, own) {
 				t.Errorf("%s gives particle-snapshotter.service mounts of its own", key)
 			}
+		}
+	}
+	// systemd gives up at the fifth start in ten seconds, and takes a socket down, too.
+	for name, u := range units {
+		sec, _ := strconv.Atoi(strings.Join(u["Service.RestartSec"], ""))
+		if u["Service.Restart"] != nil && !slices.Equal(u["Unit.StartLimitIntervalSec"], []string{"0"}) && sec < 3 {
+			t.Errorf("%s is given up after seconds of a store that is not there", name)
 		}
 	}
 	source := string(readFile(t, "../cmd/particle/snapshotter.go"))

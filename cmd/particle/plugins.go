@@ -47,11 +47,12 @@ type bridgeOptions struct {
 
 // States of a bridge.
 const (
-	bridgeOn       = "enabled"
-	bridgeOff      = "disabled"
-	bridgeOutdated = "outdated"      // enable would change something
-	bridgeUnused   = "not imported"  // written, and the program does not read it
-	bridgeAbsent   = "not installed" // the program is not here
+	bridgeOn         = "enabled"
+	bridgeOff        = "disabled"
+	bridgeOutdated   = "outdated"      // enable would change something
+	bridgeUnused     = "not imported"  // written, and the program does not read it
+	bridgeOverridden = "overridden"    // read, and another file has the last word
+	bridgeAbsent     = "not installed" // the program is not here
 )
 
 type bridgeStatus struct {
@@ -59,7 +60,7 @@ type bridgeStatus struct {
 	State   string   `json:"state"`
 	Version string   `json:"version,omitempty"` // of the program
 	Files   []string `json:"files,omitempty"`   // of ours that are there
-	Daemon  string   `json:"daemon,omitempty"`  // "answers" or why not
+	Daemon  string   `json:"daemon,omitempty"`  // whether it answers
 	Notes   []string `json:"notes,omitempty"`   // what people should know or do
 }
 
@@ -69,6 +70,7 @@ type bridgePlan struct {
 	Changes []fileChange `json:"changes"`
 	// Missing is what only the user can do, "" if the plan is all there is to do.
 	Missing string `json:"missing,omitempty"`
+	without string // the state of the bridge until that is done
 	// Notes are what to do next.
 	Notes []string `json:"notes,omitempty"`
 
@@ -85,7 +87,7 @@ type fileChange struct {
 	Dirs []string `json:"dirs,omitempty"`
 }
 
-// errNotInEffect: what could be written is written, and the program does not read it.
+// errNotInEffect: what could be written is written, and the program does not go by it.
 var errNotInEffect = errors.New("not in effect yet")
 
 func newPluginsCommand(t *term) *cli.Command {
@@ -158,11 +160,10 @@ func changeBridges(t *term, c *cli.Context, plan func(bridge, context.Context) (
 	if err != nil {
 		return err
 	}
-	dry := c.Bool("dry-run")
-	plans := []*bridgePlan{}
-	for _, b := range chosen {
-		// All of them means those that are here.
-		if !c.Args().Present() {
+	// All of them means those that are here.
+	if !c.Args().Present() {
+		here := chosen[:0]
+		for _, b := range chosen {
 			st, err := b.status(c.Context)
 			if err != nil {
 				return fmt.Errorf("%s: %w", b.name(), err)
@@ -171,34 +172,59 @@ func changeBridges(t *term, c *cli.Context, plan func(bridge, context.Context) (
 				t.infof("%s is not installed", b.name())
 				continue
 			}
+			here = append(here, b)
 		}
-		p, err := plan(b, c.Context)
+		chosen = here
+	}
+	plans, err := planBridges(c.Context, chosen, plan)
+	if err != nil {
+		return err
+	}
+	return applyPlans(t, plans, c.Bool("dry-run"), c.Bool("json"))
+}
+
+// planBridges makes the plans of all bridges before any is carried out: what is unfit in
+// one keeps the others from being changed.
+func planBridges(ctx context.Context, chosen []bridge, plan func(bridge, context.Context) (*bridgePlan, error)) (plans []*bridgePlan, err error) {
+	var errs []error
+	for _, b := range chosen {
+		p, err := plan(b, ctx)
 		if errors.Is(err, exec.ErrNotFound) {
-			return fmt.Errorf("%s is not installed: there is no such program in PATH", b.name())
+			err = errors.New("it is not installed: there is no such program in PATH")
 		}
 		if err != nil {
-			return fmt.Errorf("%s: %w", b.name(), err)
-		}
-		if !dry {
-			if err := p.apply(); err != nil {
-				return fmt.Errorf("%s: %w", b.name(), err)
-			}
+			errs = append(errs, fmt.Errorf("%s: %w", b.name(), err))
 		}
 		plans = append(plans, p)
 	}
-	if c.Bool("json") {
-		if err := t.printJSON(plans); err != nil {
-			return err
-		}
-	}
+	return plans, errors.Join(errs...)
+}
+
+// applyPlans carries plans out, unless that is only to be shown. One that fails does not
+// keep the others back, and what was done is printed in any case.
+func applyPlans(t *term, plans []*bridgePlan, dry, asJSON bool) error {
+	done := []*bridgePlan{}
 	var errs []error
 	for _, p := range plans {
-		if !c.Bool("json") {
+		if !dry {
+			n, err := p.apply()
+			if err != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", p.Name, err))
+				p.Changes, p.Missing, p.Notes = p.Changes[:n], "", nil
+				if n == 0 {
+					continue
+				}
+			}
+			if p.Missing != "" {
+				errs = append(errs, fmt.Errorf("%s: %w: %s", p.Name, errNotInEffect, p.Missing))
+			}
+		}
+		if done = append(done, p); !asJSON {
 			p.print(t, dry)
 		}
-		if p.Missing != "" && !dry {
-			errs = append(errs, fmt.Errorf("%s: %w: %s", p.Name, errNotInEffect, p.Missing))
-		}
+	}
+	if asJSON {
+		errs = append(errs, t.printJSON(done))
 	}
 	return errors.Join(errs...)
 }
@@ -239,20 +265,20 @@ func showBridges(t *term, c *cli.Context) error {
 	return nil
 }
 
-// apply makes the changes, each file whole or not at all.
-func (p *bridgePlan) apply() error {
+// apply makes the changes, each file whole or not at all, and returns how many it made.
+func (p *bridgePlan) apply() (done int, err error) {
 	if p.prepare != nil {
 		if err := p.prepare(); err != nil {
-			return err
+			return 0, err
 		}
 	}
-	for _, ch := range p.Changes {
+	for i, ch := range p.Changes {
 		now, err := readFileIfAny(ch.Path)
 		if err != nil {
-			return err
+			return i, err
 		}
 		if (now == nil) != (ch.Old == nil) || now != nil && *now != *ch.Old {
-			return fmt.Errorf("%s was changed by somebody else just now: try again", ch.Path)
+			return i, fmt.Errorf("%s was changed by somebody else just now: try again", ch.Path)
 		}
 		if ch.New == nil {
 			err = ch.remove()
@@ -260,10 +286,10 @@ func (p *bridgePlan) apply() error {
 			err = ch.write()
 		}
 		if err != nil {
-			return fmt.Errorf("changing %s: %w", ch.Path, err)
+			return i, fmt.Errorf("changing %s: %w", ch.Path, err)
 		}
 	}
-	return nil
+	return len(p.Changes), nil
 }
 
 func (ch *fileChange) write() (err error) {

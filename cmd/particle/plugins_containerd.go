@@ -5,18 +5,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
-	"net"
 	"os/exec"
 	"path/filepath"
 	"reflect"
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
+	"time"
 
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/particle-os/particle"
+	"github.com/particle-os/particle/snapshotter/service"
 )
 
 // The first lines of files that enable writes; the second one names what else disable
@@ -24,6 +27,8 @@ import (
 const (
 	dropInMark = "# Written by \"particle plugins enable\"; \"particle plugins disable\" removes it.\n"
 	madeMark   = "# made with it: "
+	// Of a config.toml, which is removed only if it is as enable wrote it.
+	mainMark = "# Written by \"particle plugins enable\"; \"particle plugins disable\" removes it if nothing else is in it.\n"
 )
 
 var (
@@ -88,11 +93,11 @@ func newContainerdBridge(o bridgeOptions) (*containerdBridge, error) {
 	if o.config != "" {
 		b.decl.DropIn = filepath.Join(filepath.Dir(b.config), filepath.Base(filepath.Dir(b.decl.DropIn)), filepath.Base(b.decl.DropIn))
 	}
-	platform := "linux/" + runtime.GOARCH
-	if runtime.GOARCH == "arm" {
-		platform += "/v7"
+	arch := runtime.GOARCH
+	if arch == "arm" {
+		arch += "/v7"
 	}
-	b.subst = strings.NewReplacer("${socket}", b.socket, "${root}", root, "${platform}", platform)
+	b.subst = strings.NewReplacer("${socket}", b.socket, "${root}", root, "${arch}", arch)
 	return b, nil
 }
 
@@ -187,6 +192,10 @@ func (b *containerdBridge) enable(ctx context.Context) (*bridgePlan, error) {
 	if err != nil {
 		return nil, err
 	}
+	var ours containerdFile
+	if err := toml.Unmarshal([]byte(text), &ours); err != nil {
+		return nil, err
+	}
 	old, err := readFileIfAny(user.dropIn)
 	if err != nil {
 		return nil, err
@@ -207,20 +216,40 @@ func (b *containerdBridge) enable(ctx context.Context) (*bridgePlan, error) {
 	if text = header + "\n" + text; old == nil || *old != text {
 		p.Changes = append(p.Changes, fileChange{Path: user.dropIn, Old: old, New: &text, Dirs: dirs})
 	}
-	if user.absent {
-		// The drop-in comes first: a config.toml that imports nothing does no harm, but
-		// a file that only we would take away should not stay behind alone.
-		main := fmt.Sprintf("%s\nversion = %d\nimports = [%q]\n", dropInMark, form.Version, filepath.Join(filepath.Dir(user.dropIn), "*.toml"))
+	// The drop-in comes first: a config.toml that imports nothing does no harm, but a
+	// file that only we would take away should not stay behind alone.
+	overridden := user.overridden(&ours, *form.Replaces)
+	switch {
+	case user.absent:
+		main := b.mainConfig(form.Version)
 		p.Changes = append(p.Changes, fileChange{Path: b.config, New: &main})
-	} else if !user.imported {
-		p.Missing = user.howToImport(b.config)
+	case !user.imported:
+		p.Missing, p.without = user.howToImport(b.config), bridgeUnused
+	case overridden != "":
+		p.Missing, p.without = overridden, bridgeOverridden
+	}
+	for _, path := range user.ours {
+		if path == user.dropIn {
+			continue
+		}
+		if err := user.remove(p, path); err != nil {
+			return nil, err
+		}
 	}
 	if len(p.Changes) > 0 {
 		p.Notes = append(p.Notes,
 			"next: systemctl enable --now particle-snapshotter.socket && systemctl restart containerd",
 			"use it: ctr images pull --snapshotter particle IMAGE; ctr run --snapshotter particle IMAGE NAME")
+		if _, asked := ours.Proxies["particle-diff"]; asked {
+			p.Notes = append(p.Notes, "from then on containerd needs the socket to unpack for other snapshotters, too")
+		}
 	}
 	return p, nil
+}
+
+// mainConfig is the text of a config.toml that only imports.
+func (b *containerdBridge) mainConfig(version int) string {
+	return fmt.Sprintf("%s\nversion = %d\nimports = [%q]\n", mainMark, version, filepath.Join(filepath.Dir(b.decl.DropIn), "*.toml"))
 }
 
 // disable plans the removal of what enable wrote.
@@ -231,27 +260,45 @@ func (b *containerdBridge) disable(context.Context) (*bridgePlan, error) {
 	if err != nil {
 		return nil, err
 	}
-	old, err := readFileIfAny(b.config)
+	main, err := readFileIfAny(b.config)
 	if err != nil {
 		return nil, err
 	}
-	if old != nil && strings.HasPrefix(*old, dropInMark) {
-		p.Changes = append(p.Changes, fileChange{Path: b.config, Old: old})
-	}
-	for _, path := range slices.Compact([]string{user.dropIn, b.decl.DropIn}) {
-		old, err := readFileIfAny(path)
-		if err != nil {
-			return nil, err
+	if main != nil && strings.HasPrefix(*main, mainMark) {
+		// With what somebody has added it is his.
+		if slices.ContainsFunc(b.decl.Forms, func(f containerdForm) bool { return *main == b.mainConfig(f.Version) }) {
+			p.Changes = append(p.Changes, fileChange{Path: b.config, Old: main})
+		} else if len(user.ours) > 0 {
+			p.Notes = append(p.Notes, b.config+" stays, because more is in it than enable wrote; of that are its first line and the import, which do no harm")
 		}
-		if old != nil && strings.HasPrefix(*old, dropInMark) {
-			p.Changes = append(p.Changes, fileChange{Path: path, Old: old, Dirs: madeWith(*old)})
+	}
+	for _, path := range user.ours {
+		if err := user.remove(p, path); err != nil {
+			return nil, err
 		}
 	}
 	if len(p.Changes) > 0 {
-		p.Notes = append(p.Notes, "next: systemctl restart containerd && systemctl disable --now particle-snapshotter.socket particle-snapshotter.service",
-			"containers and images that containerd has in the snapshotter do not work without it: remove them first")
+		p.Notes = append(p.Notes,
+			"until containerd is restarted it has the snapshotter still: remove containers and images that are in it before, they do not work without",
+			"next: systemctl restart containerd && systemctl disable --now particle-snapshotter.socket particle-snapshotter.service")
 	}
 	return p, nil
+}
+
+// remove plans the removal of a drop-in.
+func (c *containerdConfig) remove(p *bridgePlan, path string) error {
+	old, err := readFileIfAny(path)
+	if err != nil {
+		return err
+	}
+	if old == nil {
+		return nil
+	}
+	p.Changes = append(p.Changes, fileChange{Path: path, Old: old, Dirs: madeWith(*old)})
+	if by := c.named[path]; by != "" {
+		p.Notes = append(p.Notes, fmt.Sprintf("take %q out of the imports of %s: containerd does not start without a file that is named there", path, by))
+	}
+	return nil
 }
 
 // madeWith returns the directories that were made for a drop-in.
@@ -296,17 +343,30 @@ func (b *containerdBridge) status(ctx context.Context) (*bridgeStatus, error) {
 		st.Notes = append(st.Notes, "particle plugins enable containerd brings "+do.Changes[0].Path+" up to date")
 	}
 	if do.Missing != "" {
-		st.State = bridgeUnused
+		st.State = do.without
 		st.Notes = append(st.Notes, do.Missing)
 	}
-	st.Daemon = "answers"
-	if conn, err := (&net.Dialer{}).DialContext(ctx, "unix", b.socket); err != nil {
-		st.Daemon = "does not answer"
-		st.Notes = append(st.Notes, fmt.Sprintf("nothing answers on %s (%v): systemctl enable --now particle-snapshotter.socket", b.socket, plain(err)))
-	} else {
-		conn.Close()
+	var note string
+	if st.Daemon, note = daemonState(service.Ask(ctx, b.socket, askWait)); note != "" {
+		st.Notes = append(st.Notes, note)
 	}
 	return st, nil
+}
+
+// askWait is how long status waits for the daemon.
+const askWait = 5 * time.Second
+
+// daemonState says what came of asking the daemon, and what to do about it.
+func daemonState(err error) (state, note string) {
+	switch {
+	case err == nil:
+		return "answers", ""
+	case errors.Is(err, fs.ErrPermission):
+		return "not asked", fmt.Sprintf("%v: only root may ask the daemon", err)
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return "does not answer", fmt.Sprintf("%v: systemctl enable --now particle-snapshotter.socket", err)
+	}
+	return "does not answer", fmt.Sprintf("%v: journalctl -u particle-snapshotter says why", err)
 }
 
 // dropIn returns the text of the drop-in without its header.

@@ -277,7 +277,7 @@ func (b *podmanBridge) disable(context.Context) (*bridgePlan, error) {
 	if len(plan.Changes) > 0 {
 		plan.Notes = append(plan.Notes,
 			"next: systemctl disable --now particle-layer-store",
-			"images that podman pulled through the layer store do not work without it: remove them first",
+			"images that podman pulled through the layer store do not work from now on: to remove them, enable it again first",
 			b.images+" and "+b.layers+" stay; nothing uses them any more")
 	}
 	return plan, nil

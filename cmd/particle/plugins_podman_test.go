@@ -115,7 +115,7 @@ func TestPodmanBridgeTries(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := plan.apply(); err == nil || !strings.Contains(err.Error(), "does not take") {
+	if _, err := plan.apply(); err == nil || !strings.Contains(err.Error(), "does not take") {
 		t.Errorf("got %v, want podman's complaint", err)
 	}
 	if got, err := os.ReadFile(conf); err != nil || string(got) != own {
@@ -136,7 +136,7 @@ func TestPodmanBridgeKeeps(t *testing.T) {
 	apply := func(plan *bridgePlan, err error) {
 		t.Helper()
 		if err == nil {
-			err = plan.apply()
+			_, err = plan.apply()
 		}
 		if err != nil {
 			t.Fatal(err)

@@ -1,6 +1,9 @@
 package main
 
 import (
+	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -42,7 +45,7 @@ func containerdAt(t testing.TB, dir string, files map[string]string) *containerd
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.subst = strings.NewReplacer("${socket}", "SOCKET", "${root}", "ROOT", "${platform}", "linux/amd64")
+	b.subst = strings.NewReplacer("${socket}", "SOCKET", "${root}", "ROOT", "${arch}", "amd64")
 	return b
 }
 
@@ -69,6 +72,7 @@ const (
 	snapshotProxy = `type = "snapshot"
 address = "SOCKET"
 `
+	nativeErofs    = `{ platform = "linux(+erofs)/amd64", snapshotter = "erofs", differ = "erofs", optional = true }`
 	walkingOverlay = `{ platform = "linux/amd64", snapshotter = "overlayfs", differ = "walking" }`
 	ourUnpacking   = `{ platform = "linux/amd64", snapshotter = "particle", differ = "particle-diff" }`
 )
@@ -80,6 +84,7 @@ func TestContainerdEnable(t *testing.T) {
 		path          string // of the drop-in, when not the usual one
 		want          string // what it says
 		missing       string // of what the user has to do
+		state         string // after it, when not enabled
 	}{
 		{
 			name: "1.6 has no proxies of differs", version: "1.6.20~ds1",
@@ -110,6 +115,8 @@ other = 1
 max_concurrent_downloads = 7
 unpack_config = [` + walkingOverlay + "," + ourUnpacking + `]
 `,
+			missing: "DIR/etc/more.toml is read later than DIR/etc/conf.d/particle.toml and replaces default of io.containerd.service.v1.diff-service; give it a place before, or ours a later name",
+			state:   bridgeOverridden,
 		},
 		{
 			name: "2.1 merges keys; a directory that is imported already", version: "2.1.9",
@@ -147,7 +154,23 @@ capabilities = []
 [plugins."io.containerd.service.v1.diff-service"]
 default = ["particle-diff", "walking"]
 [plugins."io.containerd.transfer.v1.local"]
-unpack_config = [` + walkingOverlay + "," + ourUnpacking + `]
+unpack_config = [` + walkingOverlay + "," + nativeErofs + "," + ourUnpacking + `]
+`,
+		},
+		{
+			name: "2.3 does not take staged layers", version: "v2.3.4",
+			want: `version = 3
+[proxy_plugins.particle]
+capabilities = ["remap-ids"]
+exports = { root = "ROOT", enable_remote_snapshot_annotations = "true" }
+` + snapshotProxy + `[proxy_plugins.particle-diff]
+type = "diff"
+address = "SOCKET"
+capabilities = []
+[plugins."io.containerd.service.v1.diff-service"]
+default = ["particle-diff", "walking"]
+[plugins."io.containerd.transfer.v1.local"]
+unpack_config = [` + walkingOverlay + "," + nativeErofs + "," + ourUnpacking + `]
 `,
 		},
 		{
@@ -155,12 +178,14 @@ unpack_config = [` + walkingOverlay + "," + ourUnpacking + `]
 			files:   map[string]string{"etc/config.toml": "version = 2\n"},
 			want:    "version = 2\n[proxy_plugins.particle]\n" + snapshotProxy,
 			missing: "DIR/etc/config.toml imports nothing; add this line to it, before the first [table]:\nimports = [\"DIR/etc/conf.d/*.toml\"]",
+			state:   bridgeUnused,
 		},
 		{
 			name: "imports of other files", version: "1.6.20",
 			files:   map[string]string{"etc/config.toml": "version = 2\nimports = ['relative/*.toml', '/nowhere/*.conf']\n"},
 			want:    "version = 2\n[proxy_plugins.particle]\n" + snapshotProxy,
 			missing: "DIR/etc/config.toml imports other files; make the line that says so:\nimports = [\"relative/*.toml\", \"/nowhere/*.conf\", \"DIR/etc/conf.d/*.toml\"]",
+			state:   bridgeUnused,
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -175,7 +200,7 @@ unpack_config = [` + walkingOverlay + "," + ourUnpacking + `]
 			if want := strings.ReplaceAll(tt.missing, "DIR", dir); p.Missing != want {
 				t.Errorf("missing: got %q, want %q", p.Missing, want)
 			}
-			if err := p.apply(); err != nil {
+			if _, err := p.apply(); err != nil {
 				t.Fatal(err)
 			}
 			path := tt.path
@@ -204,8 +229,8 @@ unpack_config = [` + walkingOverlay + "," + ourUnpacking + `]
 				t.Errorf("enabled twice: %+v, %v", again, err)
 			}
 			state := bridgeOn
-			if tt.missing != "" {
-				state = bridgeUnused
+			if tt.state != "" {
+				state = tt.state
 			}
 			if st, err := b.status(t.Context()); err != nil || st.State != state || !slices.Contains(st.Files, filepath.Join(dir, path)) {
 				t.Errorf("status: %+v, %v, want %s", st, err, state)
@@ -213,7 +238,7 @@ unpack_config = [` + walkingOverlay + "," + ourUnpacking + `]
 
 			undo, err := b.disable(t.Context())
 			if err == nil {
-				err = undo.apply()
+				_, err = undo.apply()
 			}
 			if err != nil {
 				t.Fatal(err)
@@ -244,7 +269,7 @@ func TestContainerdOutdated(t *testing.T) {
 		t.Helper()
 		p, err := b.enable(t.Context())
 		if err == nil {
-			err = p.apply()
+			_, err = p.apply()
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -306,8 +331,60 @@ func TestPlanIsWhatWasShown(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := p.apply(); err == nil || !strings.Contains(err.Error(), "changed by somebody else") {
+		if _, err := p.apply(); err == nil || !strings.Contains(err.Error(), "changed by somebody else") {
 			t.Errorf("with %q there: got %v", now, err)
+		}
+	}
+}
+
+// A plannedBridge has the plan that a test gives it.
+type plannedBridge struct {
+	bridge
+	plan *bridgePlan
+	err  error
+}
+
+func (b *plannedBridge) name() string                                { return "planned" }
+func (b *plannedBridge) enable(context.Context) (*bridgePlan, error) { return b.plan, b.err }
+
+// TestPlansFirst: one bridge that cannot be changed keeps all from being changed, and
+// what is changed nevertheless is told.
+func TestPlansFirst(t *testing.T) {
+	unfit, other := errors.New("unfit"), errors.New("unfit, too")
+	bridges := []bridge{&plannedBridge{plan: &bridgePlan{}}, &plannedBridge{err: unfit}, &plannedBridge{err: other}}
+	if _, err := planBridges(t.Context(), bridges, bridge.enable); !errors.Is(err, unfit) || !errors.Is(err, other) {
+		t.Errorf("got %v", err)
+	}
+
+	dir, text := t.TempDir(), "new\n"
+	file := func(name string) string { return filepath.Join(dir, name) }
+	write := func(name string) fileChange { return fileChange{Path: file(name), New: &text} }
+	if err := os.WriteFile(file("taken"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, json := range []bool{false, true} {
+		plans := []*bridgePlan{
+			{Name: "first", Changes: []fileChange{write("a")}, Missing: "a line"},
+			{Name: "second", Changes: []fileChange{write("b"), write("taken"), write("c")}},
+			{Name: "third", prepare: func() error { return unfit }},
+			{Name: "fourth", Changes: []fileChange{write("d")}},
+		}
+		var out, stderr bytes.Buffer
+		err := applyPlans(&term{out: &out, err: &stderr}, plans, false, json)
+		if !errors.Is(err, unfit) || !errors.Is(err, errNotInEffect) || !strings.Contains(err.Error(), "second: "+file("taken")) {
+			t.Errorf("got %v", err)
+		}
+		for name, there := range map[string]bool{"a": true, "b": true, "c": false, "d": true} {
+			if _, err := os.Stat(file(name)); (err == nil) != there {
+				t.Errorf("file %s: %v", name, err)
+			}
+			if told := strings.Contains(out.String(), file(name)); told != there {
+				t.Errorf("file %s is told: %v in\n%s", name, told, out.String())
+			}
+			os.Remove(file(name))
+		}
+		if strings.Contains(out.String(), file("taken")) {
+			t.Errorf("what was not done is told:\n%s", out.String())
 		}
 	}
 }

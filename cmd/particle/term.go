@@ -59,14 +59,6 @@ func hint(err error, uid int) string {
 	return ""
 }
 
-// plain is the last error of a chain, without the calls that met with it.
-func plain(err error) error {
-	for next := err; next != nil; next = errors.Unwrap(next) {
-		err = next
-	}
-	return err
-}
-
 // printf prints a result.
 func (t *term) printf(format string, args ...any) { fmt.Fprintf(t.out, format, args...) }
 

@@ -216,6 +216,45 @@ func TestHostImage(t *testing.T) {
 	})
 }
 
+// TestSideBySide pulls an image that the store has where containerd may unpack side by
+// side: a release that cannot take layers so is not told that it can.
+func TestSideBySide(t *testing.T) {
+	forReleases(t, func(t *testing.T, r release) {
+		if !r.since(2, 2) {
+			t.Skip("containerd does so since 2.2")
+		}
+		if _, err := program.Try("podman", "image", "exists", server); err != nil {
+			t.Skipf("podman has no image %s; tests/setup/images.sh builds it", server)
+		}
+		h := newHost(t, r)
+		reg := newRegistry(t)
+		h.particle("convert", "containers-storage:"+server, "host")
+		ref := reg.Addr() + "/server:1"
+		h.particle("push", "--compression=none", "host", ref)
+		img := reg.get(t, ref)
+		reg.fetched(t, img)
+
+		config := filepath.Join(h.dir, "etc/config.toml")
+		text, err := os.ReadFile(config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text = append(text, "[plugins.'io.containerd.transfer.v1.local']\nmax_concurrent_unpacks = 3\n"...)
+		if err := os.WriteFile(config, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		h.client.Close()
+		h.containerd.Stop(syscall.SIGTERM)
+		h.startContainerd()
+		h.ctr("images", "pull", "--plain-http", "--snapshotter", "particle", ref)
+		// 2.2 does not say which layer it asks for.
+		if ours, theirs := reg.fetched(t, img); r.since(2, 3) && ours+theirs != 0 {
+			t.Errorf("%d layers were fetched, want none: the store has them", ours+theirs)
+		}
+		h.removeImages(ref)
+	})
+}
+
 // TestDaemonGoes stops and kills the daemon under a container: that goes on, and others
 // start once the daemon is back.
 func TestDaemonGoes(t *testing.T) {
