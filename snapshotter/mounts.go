@@ -15,7 +15,6 @@ import (
 
 	cmount "github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/storage"
 
 	"github.com/particle-os/particle/converter/erofs"
 	"github.com/particle-os/particle/converter/fsverity"
@@ -351,47 +350,40 @@ func verify(image *os.File, want fsverity.Digest, verity bool) (mount.Verificati
 	return mount.Checked, nil
 }
 
-// restore mounts what active snapshots and views need, and unmounts what none needs.
+// restore mounts what active snapshots and views need, and unmounts what none needs. A
+// snapshot that this cannot be done for does not keep the others from working.
 func (s *Snapshotter) restore(ctx context.Context) error {
-	var needs []*active
+	var keys []string
 	err := s.read(ctx, func(ctx context.Context) error {
-		return walkAll(ctx, func(ctx context.Context, info snapshots.Info) error {
-			if info.Kind == snapshots.KindCommitted {
-				return nil
+		return walkAll(ctx, func(_ context.Context, info snapshots.Info) error {
+			if info.Kind != snapshots.KindCommitted {
+				keys = append(keys, info.Name)
 			}
-			id, _, _, err := storage.GetInfo(ctx, info.Name)
-			if err != nil {
-				return err
-			}
-			if info.Kind == snapshots.KindActive {
-				if err := makeUpper(s.dir(id)); err != nil {
-					return err
-				}
-			}
-			if info.Parent == "" {
-				return nil
-			}
-			ids, err := chain(ctx, info.Parent)
-			if err != nil {
-				return err
-			}
-			m, err := idsOf(info.Name, info.Labels)
-			if err != nil {
-				return err
-			}
-			needs = append(needs, &active{id: id, key: info.Name, kind: info.Kind, chain: ids, ids: m})
 			return nil
 		})
 	})
 	if err != nil {
 		return err
 	}
-	for _, a := range needs {
-		if err := s.need(ctx, a); err != nil {
-			s.log.Error("mounting the layers of a snapshot", "key", a.key, "error", err)
+	for _, key := range keys {
+		if err := s.restoreOne(ctx, key); err != nil {
+			s.log.Error("mounting the layers of a snapshot", "key", key, "error", err)
 		}
 	}
 	return s.unmountUnused()
+}
+
+func (s *Snapshotter) restoreOne(ctx context.Context, key string) error {
+	a, err := s.active(ctx, key)
+	if err != nil {
+		return err
+	}
+	if a.kind == snapshots.KindActive {
+		if err := makeUpper(s.dir(a.id)); err != nil {
+			return err
+		}
+	}
+	return s.need(ctx, a)
 }
 
 // unmountUnused unmounts what an earlier process mounted and nobody needs any more.
