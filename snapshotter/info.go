@@ -81,18 +81,31 @@ func keepLabels(old snapshots.Info, labels map[string]string, fieldpaths []strin
 }
 
 // Walk calls fn for each snapshot that passes the filters. The filters do not see the
-// labels of this package.
+// labels of this package. What fn sees is how it was when the walk began.
 func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
-	return s.read(ctx, func(ctx context.Context) error {
+	var infos []snapshots.Info
+	err := s.read(ctx, func(ctx context.Context) error {
 		return walkAll(ctx, func(ctx context.Context, info snapshots.Info) error {
 			id, _, _, err := storage.GetInfo(ctx, info.Name)
 			if err != nil {
 				return err
 			}
 			s.describe(id, &info)
-			return fn(ctx, info)
+			infos = append(infos, info)
+			return nil
 		}, filters...)
 	})
+	if err != nil {
+		return err
+	}
+	// Not within the transaction: a write of fn's, or of anybody while fn sends to a slow
+	// client, may have to map the database anew, which waits for all that read it.
+	for _, info := range infos {
+		if err := fn(ctx, info); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // walkAll is storage.WalkInfo, which fails before the first snapshot.

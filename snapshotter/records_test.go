@@ -7,7 +7,9 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
@@ -122,6 +124,48 @@ func TestBadRecord(t *testing.T) {
 	}
 	if err := os.Remove(unfit); err != nil {
 		t.Fatal(err)
+	}
+	e.removeAll(t)
+}
+
+// TestWalkChanges changes snapshots while it walks them: bolt's database would wait for
+// the end of the walk where it must grow.
+func TestWalkChanges(t *testing.T) {
+	requireMounts(t)
+	e := mustOpen(t, t.TempDir(), snapshotter.Options{})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if _, err := e.Prepare(ctx, "first", ""); err != nil {
+		t.Fatal(err)
+	}
+	const more = 8 // so large that the file must be mapped anew
+	done := make(chan error, 1)
+	go func() {
+		done <- e.Walk(ctx, func(ctx context.Context, info snapshots.Info) error {
+			for i := range more {
+				label := snapshots.WithLabels(map[string]string{"x": strings.Repeat("x", 50_000)})
+				if _, err := e.Prepare(ctx, fmt.Sprint("more ", i), "", label); err != nil {
+					return err
+				}
+			}
+			return e.Remove(ctx, info.Name)
+		})
+	}()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-ctx.Done():
+		t.Fatal("the walk does not end")
+	}
+	n := 0
+	if err := e.Walk(ctx, func(context.Context, snapshots.Info) error { n++; return nil }); err != nil || n != more {
+		t.Errorf("there are %d snapshots, %v, want %d", n, err, more)
+	}
+	stop := errors.New("stop")
+	if err := e.Walk(ctx, func(context.Context, snapshots.Info) error { return stop }); !errors.Is(err, stop) {
+		t.Errorf("got %v, want the callback's error", err)
 	}
 	e.removeAll(t)
 }
