@@ -6,15 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
-	"slices"
-	"strings"
 	"sync"
 
 	cmount "github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"golang.org/x/sys/unix"
 
 	"github.com/particle-os/particle/converter/erofs"
 	"github.com/particle-os/particle/converter/fsverity"
@@ -25,6 +25,7 @@ import (
 // A mounted is a merged image that is mounted, and the snapshots that need it.
 type mounted struct {
 	target       string
+	device       uint64 // of the root of the mount
 	image        fsverity.Digest
 	verification mount.Verification
 	loop         bool
@@ -53,7 +54,9 @@ func (t *mountTable) of(user string) (mounted, bool) {
 	return mounted{}, false
 }
 
-// use adds a user to the mount at target and reports whether there is one.
+// use adds a user to the mount at target and reports whether there is one. One that
+// somebody has unmounted is none: what is below it would be an empty root for whoever
+// is told of it.
 func (t *mountTable) use(target, user string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -61,15 +64,40 @@ func (t *mountTable) use(target, user string) bool {
 	if m == nil {
 		return false
 	}
+	if device, err := deviceOf(target); err != nil || device != m.device {
+		return false
+	}
 	m.users[user] = true
 	t.byUser[user] = m
 	return true
 }
 
-func (t *mountTable) add(m *mounted) {
+// add adds a mount that was made for a user. Those of one that it replaces use it now.
+func (t *mountTable) add(m *mounted, user string) error {
+	device, err := deviceOf(m.target)
+	if err != nil {
+		return err
+	}
+	m.device, m.users = device, map[string]bool{user: true}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if old := t.byTarget[m.target]; old != nil {
+		maps.Copy(m.users, old.users)
+	}
+	for user := range m.users {
+		t.byUser[user] = m
+	}
 	t.byTarget[m.target] = m
+	return nil
+}
+
+// deviceOf returns the number of the filesystem that a directory is on.
+func deviceOf(dir string) (uint64, error) {
+	var st unix.Stat_t
+	if err := unix.Lstat(dir, &st); err != nil {
+		return 0, fmt.Errorf("looking at mount point %q: %w", dir, err)
+	}
+	return uint64(st.Dev), nil
 }
 
 // drop removes a user and reports whether the mount has none any more, in which case
@@ -128,35 +156,30 @@ func (s *Snapshotter) lowerOf(a *active) string {
 // acquire mounts the lower directory of a snapshot that has a parent, if that has not
 // been done.
 func (s *Snapshotter) acquire(ctx context.Context, a *active) error {
-	top, target := a.chain[len(a.chain)-1], s.lowerOf(a)
+	target := s.lowerOf(a)
 	defer s.lock(target)()
-	if isExtract(a.key) {
-		if s.mounts.use(target, a.id) {
-			return nil
-		}
-		made, err := s.mountParents(ctx, target, a.chain)
-		if err != nil {
-			return err
-		}
-		s.mounts.add(made)
-		s.mounts.use(target, a.id)
-		return nil
+	if !isExtract(a.key) {
+		s.state.setSpeculative(a.chain[len(a.chain)-1], false)
 	}
-	s.state.setSpeculative(top, false)
 	if s.mounts.use(target, a.id) {
 		return nil
 	}
+	made, err := s.mountLower(ctx, target, a)
+	if err != nil {
+		return err
+	}
+	return s.mounts.add(made, a.id)
+}
+
+func (s *Snapshotter) mountLower(ctx context.Context, target string, a *active) (*mounted, error) {
+	if isExtract(a.key) {
+		return s.mountParents(ctx, target, a.chain)
+	}
 	image, err := s.image(ctx, a.chain, false)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	made, err := s.mountImage(target, image, a.ids)
-	if err != nil {
-		return err
-	}
-	s.mounts.add(made)
-	s.mounts.use(target, a.id)
-	return nil
+	return s.mountImage(target, image, a.ids)
 }
 
 // mountParents mounts the directories of a chain, without their files: what containerd
@@ -193,7 +216,7 @@ func (s *Snapshotter) mountParents(ctx context.Context, target string, chain []s
 	if err != nil {
 		return nil, err
 	}
-	return &mounted{target: target, loop: state.Loop, users: map[string]bool{}}, nil
+	return &mounted{target: target, loop: state.Loop}, nil
 }
 
 // directories returns a tree with the directories of t alone.
@@ -238,12 +261,8 @@ func (s *Snapshotter) release(user string) {
 // unmount clears a mount point. What still uses the files (a container's overlay that
 // is not unmounted yet, say) keeps them.
 func (s *Snapshotter) unmount(target string) {
-	if err := detachAll(target); err != nil {
+	if err := clearMountPoint(target); err != nil {
 		s.log.Warn("unmounting", "target", target, "error", err)
-		return
-	}
-	if err := os.Remove(target); err != nil && !errors.Is(err, os.ErrNotExist) {
-		s.log.Warn("removing a mount point", "target", target, "error", err)
 	}
 }
 
@@ -268,7 +287,7 @@ func (s *Snapshotter) mountImage(target string, image fsverity.Digest, m *idMap)
 		return nil, err
 	}
 	defer f.Close()
-	made := &mounted{target: target, image: image, users: map[string]bool{}}
+	made := &mounted{target: target, image: image}
 	old, err := mountedAt(target)
 	if err != nil {
 		return nil, err
@@ -405,53 +424,4 @@ func (s *Snapshotter) unmountUnused() error {
 		}()
 	}
 	return nil
-}
-
-// UnmountAll unmounts all images below the root directory of a snapshotter that is
-// not running. Containers that run keep their files. It is for taking a snapshotter
-// away; New mounts them again.
-func UnmountAll(root string) error {
-	root, err := filepath.EvalSymlinks(root)
-	if err != nil {
-		return err
-	}
-	if root, err = filepath.Abs(root); err != nil {
-		return err
-	}
-	all, err := mount.List()
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, m := range all {
-		if strings.HasPrefix(m.Target, filepath.Join(root, "mounts")+"/") {
-			errs = append(errs, mount.Detach(m.Target))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// upperInUse reports whether an overlay that this process sees has the directory as
-// upper directory, or as a lower one: BuildKit mounts it so to read it.
-func upperInUse(dir string) (used bool, err error) {
-	f, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return false, err
-	}
-	defer f.Close()
-	err = mount.ParseMountinfo(f, func(e mount.Entry) error {
-		if e.Type == "overlay" {
-			for _, upper := range e.SuperOption("upperdir") {
-				used = used || upper == dir
-			}
-			for _, lowers := range e.SuperOption("lowerdir") {
-				used = used || slices.Contains(strings.Split(lowers, ":"), dir)
-			}
-			for _, lower := range e.SuperOption("lowerdir+") {
-				used = used || lower == dir
-			}
-		}
-		return nil
-	})
-	return used, err
 }

@@ -86,6 +86,12 @@ const (
 	LabelImage = "io.particle-os.image"
 )
 
+// Files in the root.
+const (
+	metadataFile = "metadata.db"
+	instanceFile = "instance"
+)
+
 // maxRoot limits the length of Root in bytes: containerd shortens mount options of
 // more than 3,584 bytes in a way that takes ":" apart, and three paths are in them.
 const maxRoot = 1000
@@ -94,6 +100,8 @@ const maxRoot = 1000
 var (
 	// ErrRoot: the root directory cannot serve.
 	ErrRoot = errors.New("unfit root directory")
+	// ErrInUse: another process uses the root directory, or a container its files.
+	ErrInUse = errors.New("in use")
 	// ErrUpper: an upper directory has something that no layer can be made of.
 	ErrUpper = errors.New("no layer can be made of the upper directory")
 	// ErrChain: a layer in the store or from a source is not the one that was asked
@@ -169,7 +177,7 @@ func New(ctx context.Context, o Options) (_ *Snapshotter, err error) {
 	if s.instance, err = instanceID(s.root); err != nil {
 		return nil, fmt.Errorf("opening the snapshotter in %q: %w", s.root, err)
 	}
-	s.meta, err = storage.NewMetaStore(filepath.Join(s.root, "metadata.db"), func(o *bolt.Options) error {
+	s.meta, err = storage.NewMetaStore(filepath.Join(s.root, metadataFile), func(o *bolt.Options) error {
 		o.Timeout = 5 * time.Second
 		return nil
 	})
@@ -189,7 +197,7 @@ func New(ctx context.Context, o Options) (_ *Snapshotter, err error) {
 	// Temporary directories are only there while their creator lives.
 	if err := s.sweep(ctx, true); err != nil {
 		if errors.Is(err, bolterrors.ErrTimeout) {
-			err = fmt.Errorf("another process uses it: %w", err)
+			err = fmt.Errorf("%w by another process: %w", ErrInUse, err)
 		}
 		return nil, fmt.Errorf("opening the snapshotter in %q: %w", s.root, err)
 	}
@@ -228,7 +236,7 @@ func makeRoot(root string) (string, error) {
 // instanceID returns the ID of a root, which it makes the first time. Several roots
 // can use one store.
 func instanceID(root string) (string, error) {
-	path := filepath.Join(root, "instance")
+	path := filepath.Join(root, instanceFile)
 	const digits = 16
 	b, err := os.ReadFile(path)
 	if err == nil {

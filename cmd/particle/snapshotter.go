@@ -56,11 +56,20 @@ func newSnapshotterCommand(t *term) *cli.Command {
 				return usagef("snapshotter takes no arguments, got %d", c.NArg())
 			}
 			if c.Bool("unmount") {
-				return snapshotter.UnmountAll(c.String("root"))
+				return takeSnapshotterAway(c)
 			}
 			return serveSnapshotter(c.Context, t, c)
 		},
 	}
+}
+
+// takeSnapshotterAway removes what a snapshotter that was stopped left.
+func takeSnapshotterAway(c *cli.Context) (err error) {
+	err = snapshotter.UnmountAll(c.String("root"))
+	if errors.Is(err, snapshotter.ErrInUse) {
+		err = fmt.Errorf("%w\nstop its containers, particle-snapshotter.socket and particle-snapshotter.service first", err)
+	}
+	return err
 }
 
 func serveSnapshotter(ctx context.Context, t *term, c *cli.Context) (err error) {
