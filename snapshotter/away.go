@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/particle-os/particle/converter/mount"
+	"github.com/particle-os/particle/converter/store"
 )
 
 // UnmountAll unmounts all images below the root directory of a snapshotter that is
@@ -25,6 +26,57 @@ func UnmountAll(root string) error {
 		return err
 	}
 	return errors.Join(unmountAll(root), release())
+}
+
+// Purge takes away what a snapshotter that is not running has: its mounts, the names in
+// the store that keep its layers from being collected, and its own files in the root
+// directory; the directory itself if nothing else is there. It may be repeated where it
+// was interrupted. The error is ErrInUse, and no file is gone, where a container has a
+// snapshot mounted. A nil store is one that is gone, too.
+func Purge(root string, st *store.Store) (err error) {
+	root, release, err := hold(root)
+	if root == "" || err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, release()) }()
+	if _, err := os.Stat(filepath.Join(root, instanceFile)); errors.Is(err, fs.ErrNotExist) {
+		return nil // no snapshotter's, whatever is there
+	}
+	instance, err := instanceID(root)
+	if err != nil {
+		return err
+	}
+	if err := unmountAll(root); err != nil {
+		return err
+	}
+	if err := unused(root); err != nil {
+		return err
+	}
+	if st != nil {
+		if err := removeNames(st, refPrefix+instance+"/"); err != nil {
+			return err
+		}
+	}
+	own, err := filepath.Glob(filepath.Join(root, tempPrefix+"*"))
+	if err != nil {
+		return err
+	}
+	// The instance is the last: without it nobody knows the names in the store.
+	for _, name := range []string{"snapshots", "mounts", "empty", metadataFile, instanceFile} {
+		own = append(own, filepath.Join(root, name))
+	}
+	for _, path := range own {
+		if err := os.RemoveAll(path); err != nil {
+			return err
+		}
+	}
+	err = os.Remove(root)
+	for _, stays := range []error{unix.ENOTEMPTY, unix.EBUSY, unix.ENOENT} { // other files; a mount point
+		if errors.Is(err, stays) {
+			return nil
+		}
+	}
+	return err
 }
 
 // lockWait is how long to wait for another process to give up a root directory.
@@ -92,6 +144,18 @@ func clearMountPoint(target string) error {
 	return nil
 }
 
+// unused checks that nothing is mounted below a root directory, and no overlay has its
+// files there.
+func unused(root string) error {
+	return eachMount(func(e mount.Entry) error {
+		below := func(dir string) bool { return strings.HasPrefix(dir, root+"/") }
+		if below(e.Target) || slices.ContainsFunc(overlaid(e), below) {
+			return fmt.Errorf("%w: what is mounted at %q needs files below %q", ErrInUse, e.Target, root)
+		}
+		return nil
+	})
+}
+
 // upperInUse reports whether an overlay that this process sees has the directory as
 // upper directory, or as a lower one: BuildKit mounts it so to read it.
 func upperInUse(dir string) (used bool, err error) {
@@ -121,4 +185,27 @@ func eachMount(fn func(mount.Entry) error) error {
 	}
 	defer f.Close()
 	return mount.ParseMountinfo(f, fn)
+}
+
+// removeNames removes all names in a store that begin with prefix.
+func removeNames(st *store.Store, prefix string) error {
+	images, err := st.ImageRefs()
+	if err != nil {
+		return err
+	}
+	streams, err := st.StreamRefs(prefix)
+	if err != nil {
+		return err
+	}
+	for kind, refs := range map[store.Kind][]store.Ref{store.Images: images, store.Streams: streams} {
+		for _, ref := range refs {
+			if !strings.HasPrefix(ref.Name, prefix) {
+				continue
+			}
+			if err := st.RemoveRef(kind, ref.Name); err != nil && !errors.Is(err, store.ErrNotFound) {
+				return err
+			}
+		}
+	}
+	return nil
 }

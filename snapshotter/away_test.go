@@ -9,6 +9,8 @@ import (
 	cmount "github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
 
+	"github.com/particle-os/particle/converter"
+	"github.com/particle-os/particle/converter/store"
 	"github.com/particle-os/particle/snapshotter"
 )
 
@@ -31,7 +33,7 @@ func TestUnmountAll(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for what, err := range map[string]error{"unmounting": snapshotter.UnmountAll(e.root)} {
+	for what, err := range map[string]error{"unmounting": snapshotter.UnmountAll(e.root), "purging": snapshotter.Purge(e.root, e.store)} {
 		if !errors.Is(err, snapshotter.ErrInUse) {
 			t.Errorf("%s beside a snapshotter that runs: got %v, want ErrInUse", what, err)
 		}
@@ -89,4 +91,76 @@ func TestUnmounted(t *testing.T) {
 	}
 	unmount()
 	e.removeAll(t) // all users of the mounts that were made anew are known
+}
+
+// TestPurge removes all that a snapshotter has, and nothing else.
+func TestPurge(t *testing.T) {
+	requireMounts(t)
+	ctx, dir := t.Context(), t.TempDir()
+	e, err := open(ctx, dir, snapshotter.Options{Log: quiet(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { e.end(t) })
+	other, err := open(ctx, t.TempDir(), snapshotter.Options{Store: e.store, Log: quiet(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { other.end(t) })
+	kept := stack(ctx, t, other, "other", base)
+	top := stack(ctx, t, e, "image", base, file("more", big, 0o644))
+	mounts, err := e.Prepare(ctx, "run", top)
+	if err != nil {
+		t.Fatal(err)
+	}
+	foreign := filepath.Join(e.root, "lost+found")
+	if err := os.Mkdir(foreign, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
+	}
+	mounted(t, mounts, func(root string) {
+		if err := snapshotter.Purge(e.root, e.store); !errors.Is(err, snapshotter.ErrInUse) {
+			t.Errorf("while a container runs: got %v, want ErrInUse", err)
+		}
+		if err := os.WriteFile(filepath.Join(root, "still"), nil, 0o600); err != nil {
+			t.Error(err)
+		}
+	})
+	for range 2 {
+		if err := snapshotter.Purge(e.root, e.store); err != nil {
+			t.Fatal(err)
+		}
+	}
+	left, err := os.ReadDir(e.root)
+	if err != nil || len(left) != 1 || left[0].Name() != "lost+found" {
+		t.Errorf("got %v, %v, want the foreign directory alone", left, err)
+	}
+	if _, err := converter.GC(ctx, e.store, store.GCOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	view, err := other.View(ctx, "view", kept)
+	if err != nil {
+		t.Fatal(err)
+	}
+	look(t, view)
+	if err := errors.Join(other.Remove(ctx, "view"), other.Remove(ctx, kept), other.Cleanup(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	if usage, err := converter.DF(ctx, e.store); err != nil || usage.Total.Objects != 0 || usage.ImageRefs+usage.StreamRefs != 0 {
+		t.Errorf("the store still has %+v, %v", usage, err)
+	}
+
+	// What is no snapshotter's stays, and no store is none to clean.
+	strange := t.TempDir()
+	if err := os.Mkdir(filepath.Join(strange, "snapshots"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(snapshotter.Purge(strange, nil), snapshotter.Purge(filepath.Join(strange, "none"), nil)); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(filepath.Join(strange, "snapshots")); err != nil {
+		t.Error(err)
+	}
 }
