@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 
@@ -170,6 +171,9 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 	})
 	if err != nil || info.Kind != snapshots.KindActive {
 		return usage, err
+	}
+	if _, err := os.Lstat(s.taken(id)); err == nil {
+		return usage, nil // what it had is the store's
 	}
 	du, err := fs.DiskUsage(ctx, s.upper(id))
 	return snapshots.Usage(du), err

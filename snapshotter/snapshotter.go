@@ -31,6 +31,7 @@
 //	metadata.db             the records
 //	instance                an ID that the names in the store begin with
 //	snapshots/ID/{fs,work}  upper and work directory of an active snapshot
+//	snapshots/ID/taken      what fs was, while its files become objects
 //	mounts/ID[-MAP]         the merged image of a committed snapshot, while it is used
 //	mounts/ID-parents       its directories, while a layer is unpacked on top of it
 //	empty/                  the lower directory of a layer without a parent
@@ -321,6 +322,7 @@ func imageLock(id string) string { return "image/" + id }
 func (s *Snapshotter) dir(id string) string   { return filepath.Join(s.root, "snapshots", id) }
 func (s *Snapshotter) upper(id string) string { return filepath.Join(s.dir(id), "fs") }
 func (s *Snapshotter) work(id string) string  { return filepath.Join(s.dir(id), "work") }
+func (s *Snapshotter) taken(id string) string { return filepath.Join(s.dir(id), "taken") }
 func (s *Snapshotter) empty() string          { return filepath.Join(s.root, "empty") }
 
 // isExtract reports whether a key is of a snapshot that a layer is unpacked into.
