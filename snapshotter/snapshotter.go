@@ -146,6 +146,7 @@ type Snapshotter struct {
 	state  volatile
 
 	recording  sync.Mutex  // of new snapshots, with their directories
+	projects   sync.Mutex  // held while one is given out
 	differs    atomic.Bool // our differ unpacks layers
 	background sync.WaitGroup
 	ctx        context.Context // ends with Close
