@@ -168,10 +168,20 @@ func (s *Snapshotter) takeUpper(ctx context.Context, a *active) (_ *tree.Tree, e
 	if err != nil {
 		return nil, err
 	}
+	dir := s.upper(a.id)
+	if link {
+		// The files become objects in what follows, and stay them where that, or the record
+		// after it, fails: nobody may write to them any more. The paths that the client knows
+		// lead nowhere now, and active refuses the snapshot.
+		if err := os.Rename(dir, s.taken(a.id)); err != nil {
+			return nil, err
+		}
+		dir = s.taken(a.id)
+	}
 	txn.SetImmutableSources(link)
 	// A bind mount has no whiteouts: what looks like one there is a device.
 	overlay := len(a.chain) > 0 || isExtract(a.key)
-	t, err := scan.Dir(ctx, s.upper(a.id), txn, scan.Options{
+	t, err := scan.Dir(ctx, dir, txn, scan.Options{
 		OverlayUpper: overlay, TrustedXattrs: true, OneFileSystem: true,
 		Live: !link, // a container may still run
 	})

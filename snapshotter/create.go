@@ -232,7 +232,8 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]cmount.Mount, e
 	return s.mountsOf(a), nil
 }
 
-// active reads the record of an active snapshot or view.
+// active reads the record of an active snapshot or view. It refuses one whose commit
+// failed halfway: its files may be objects of the store.
 func (s *Snapshotter) active(ctx context.Context, key string) (*active, error) {
 	a := &active{key: key}
 	err := s.read(ctx, func(ctx context.Context) error {
@@ -252,5 +253,11 @@ func (s *Snapshotter) active(ctx context.Context, key string) (*active, error) {
 		a.chain, err = chain(ctx, info.Parent)
 		return err
 	})
-	return a, err
+	if err != nil {
+		return nil, err
+	}
+	if _, err := os.Lstat(s.taken(a.id)); !errors.Is(err, os.ErrNotExist) {
+		return nil, errors.Join(err, fmt.Errorf("snapshot %q: its commit failed halfway: it can only be removed: %w", key, errdefs.ErrFailedPrecondition))
+	}
+	return a, nil
 }

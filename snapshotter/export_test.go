@@ -18,3 +18,21 @@ func EndRetiring(s *Snapshotter) {
 		s.retired(id)
 	}
 }
+
+// Limit returns the project of a directory, and the limit of that in bytes.
+func Limit(dir string) (project uint32, limit uint64, err error) {
+	if project, err = projectOf(dir); err != nil {
+		return 0, 0, err
+	}
+	limit, err = LimitOf(dir, project)
+	return project, limit, err
+}
+
+// LimitOf returns the limit of a project on the filesystem of dir, in bytes.
+func LimitOf(dir string, project uint32) (uint64, error) {
+	q, err := getQuota(dir, project)
+	return q.blockHard << 10, err
+}
+
+// SetProject makes a directory belong to a project.
+func SetProject(dir string, project uint32) error { return setProject(dir, project) }

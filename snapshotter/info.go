@@ -2,7 +2,9 @@ package snapshotter
 
 import (
 	"context"
+	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 
@@ -25,7 +27,8 @@ func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info
 	return info, err
 }
 
-// Update changes labels. Those of this package cannot be set.
+// Update changes labels. Those of this package cannot be set, and the mapping of an
+// active snapshot or view cannot be changed: its mounts follow from that.
 func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (updated snapshots.Info, err error) {
 	info.Labels = withoutOurs(info.Labels)
 	if n := len(fieldpaths); n > 0 {
@@ -41,12 +44,8 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 		if err != nil {
 			return err
 		}
-		if staged := old.Labels[labelStaged]; staged != "" {
-			info.Labels = maps.Clone(info.Labels)
-			if info.Labels == nil {
-				info.Labels = map[string]string{}
-			}
-			info.Labels[labelStaged] = staged
+		if info.Labels, err = keepLabels(old, info.Labels, fieldpaths); err != nil {
+			return err
 		}
 		updated, err = storage.UpdateInfo(ctx, info, fieldpaths...)
 		updated.Labels = withoutOurs(updated.Labels)
@@ -55,19 +54,59 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 	return updated, err
 }
 
+// keepLabels returns the labels that an update of a snapshot gives, with those that it
+// cannot take away: who replaces all labels may not know of the mapping. One that asks
+// for another mapping is refused. Labels of committed snapshots mean nothing here, nor
+// those of unpacked layers (see idsOf).
+func keepLabels(old snapshots.Info, labels map[string]string, fieldpaths []string) (map[string]string, error) {
+	kept := maps.Clone(labels)
+	if kept == nil {
+		kept = map[string]string{}
+	}
+	fixed := []string{labelStaged}
+	if old.Kind != snapshots.KindCommitted && !isExtract(old.Name) {
+		fixed = append(fixed, snapshots.LabelSnapshotUIDMapping, snapshots.LabelSnapshotGIDMapping)
+	}
+	all := len(fieldpaths) == 0 || slices.Contains(fieldpaths, "labels")
+	for _, label := range fixed {
+		want, given := labels[label]
+		named := slices.Contains(fieldpaths, "labels."+label)
+		if (named || all && given) && want != old.Labels[label] {
+			return nil, fmt.Errorf("label %s of snapshot %q: got %q, it stays %q: %w", label, old.Name, want, old.Labels[label], errdefs.ErrInvalidArgument)
+		}
+		if has, ok := old.Labels[label]; ok {
+			kept[label] = has
+		}
+	}
+	return kept, nil
+}
+
 // Walk calls fn for each snapshot that passes the filters. The filters do not see the
-// labels of this package.
+// labels of this package. What fn sees is how it was when the walk began.
 func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
-	return s.read(ctx, func(ctx context.Context) error {
+	var infos []snapshots.Info
+	err := s.read(ctx, func(ctx context.Context) error {
 		return walkAll(ctx, func(ctx context.Context, info snapshots.Info) error {
 			id, _, _, err := storage.GetInfo(ctx, info.Name)
 			if err != nil {
 				return err
 			}
 			s.describe(id, &info)
-			return fn(ctx, info)
+			infos = append(infos, info)
+			return nil
 		}, filters...)
 	})
+	if err != nil {
+		return err
+	}
+	// Not within the transaction: a write of fn's, or of anybody while fn sends to a slow
+	// client, may have to map the database anew, which waits for all that read it.
+	for _, info := range infos {
+		if err := fn(ctx, info); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // walkAll is storage.WalkInfo, which fails before the first snapshot.
@@ -132,6 +171,9 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 	})
 	if err != nil || info.Kind != snapshots.KindActive {
 		return usage, err
+	}
+	if _, err := os.Lstat(s.taken(id)); err == nil {
+		return usage, nil // what it had is the store's
 	}
 	du, err := fs.DiskUsage(ctx, s.upper(id))
 	return snapshots.Usage(du), err

@@ -6,17 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
-	"slices"
-	"strings"
 	"sync"
 
 	cmount "github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"golang.org/x/sys/unix"
 
 	"github.com/particle-os/particle/converter/erofs"
 	"github.com/particle-os/particle/converter/fsverity"
@@ -27,6 +25,7 @@ import (
 // A mounted is a merged image that is mounted, and the snapshots that need it.
 type mounted struct {
 	target       string
+	device       uint64 // of the root of the mount
 	image        fsverity.Digest
 	verification mount.Verification
 	loop         bool
@@ -55,7 +54,9 @@ func (t *mountTable) of(user string) (mounted, bool) {
 	return mounted{}, false
 }
 
-// use adds a user to the mount at target and reports whether there is one.
+// use adds a user to the mount at target and reports whether there is one. One that
+// somebody has unmounted is none: what is below it would be an empty root for whoever
+// is told of it.
 func (t *mountTable) use(target, user string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -63,15 +64,40 @@ func (t *mountTable) use(target, user string) bool {
 	if m == nil {
 		return false
 	}
+	if device, err := deviceOf(target); err != nil || device != m.device {
+		return false
+	}
 	m.users[user] = true
 	t.byUser[user] = m
 	return true
 }
 
-func (t *mountTable) add(m *mounted) {
+// add adds a mount that was made for a user. Those of one that it replaces use it now.
+func (t *mountTable) add(m *mounted, user string) error {
+	device, err := deviceOf(m.target)
+	if err != nil {
+		return err
+	}
+	m.device, m.users = device, map[string]bool{user: true}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if old := t.byTarget[m.target]; old != nil {
+		maps.Copy(m.users, old.users)
+	}
+	for user := range m.users {
+		t.byUser[user] = m
+	}
 	t.byTarget[m.target] = m
+	return nil
+}
+
+// deviceOf returns the number of the filesystem that a directory is on.
+func deviceOf(dir string) (uint64, error) {
+	var st unix.Stat_t
+	if err := unix.Lstat(dir, &st); err != nil {
+		return 0, fmt.Errorf("looking at mount point %q: %w", dir, err)
+	}
+	return uint64(st.Dev), nil
 }
 
 // drop removes a user and reports whether the mount has none any more, in which case
@@ -130,35 +156,30 @@ func (s *Snapshotter) lowerOf(a *active) string {
 // acquire mounts the lower directory of a snapshot that has a parent, if that has not
 // been done.
 func (s *Snapshotter) acquire(ctx context.Context, a *active) error {
-	top, target := a.chain[len(a.chain)-1], s.lowerOf(a)
+	target := s.lowerOf(a)
 	defer s.lock(target)()
-	if isExtract(a.key) {
-		if s.mounts.use(target, a.id) {
-			return nil
-		}
-		made, err := s.mountParents(ctx, target, a.chain)
-		if err != nil {
-			return err
-		}
-		s.mounts.add(made)
-		s.mounts.use(target, a.id)
-		return nil
+	if !isExtract(a.key) {
+		s.state.setSpeculative(a.chain[len(a.chain)-1], false)
 	}
-	s.state.setSpeculative(top, false)
 	if s.mounts.use(target, a.id) {
 		return nil
 	}
+	made, err := s.mountLower(ctx, target, a)
+	if err != nil {
+		return err
+	}
+	return s.mounts.add(made, a.id)
+}
+
+func (s *Snapshotter) mountLower(ctx context.Context, target string, a *active) (*mounted, error) {
+	if isExtract(a.key) {
+		return s.mountParents(ctx, target, a.chain)
+	}
 	image, err := s.image(ctx, a.chain, false)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	made, err := s.mountImage(target, image, a.ids)
-	if err != nil {
-		return err
-	}
-	s.mounts.add(made)
-	s.mounts.use(target, a.id)
-	return nil
+	return s.mountImage(target, image, a.ids)
 }
 
 // mountParents mounts the directories of a chain, without their files: what containerd
@@ -195,7 +216,7 @@ func (s *Snapshotter) mountParents(ctx context.Context, target string, chain []s
 	if err != nil {
 		return nil, err
 	}
-	return &mounted{target: target, loop: state.Loop, users: map[string]bool{}}, nil
+	return &mounted{target: target, loop: state.Loop}, nil
 }
 
 // directories returns a tree with the directories of t alone.
@@ -240,12 +261,8 @@ func (s *Snapshotter) release(user string) {
 // unmount clears a mount point. What still uses the files (a container's overlay that
 // is not unmounted yet, say) keeps them.
 func (s *Snapshotter) unmount(target string) {
-	if err := detachAll(target); err != nil {
+	if err := clearMountPoint(target); err != nil {
 		s.log.Warn("unmounting", "target", target, "error", err)
-		return
-	}
-	if err := os.Remove(target); err != nil && !errors.Is(err, os.ErrNotExist) {
-		s.log.Warn("removing a mount point", "target", target, "error", err)
 	}
 }
 
@@ -270,7 +287,7 @@ func (s *Snapshotter) mountImage(target string, image fsverity.Digest, m *idMap)
 		return nil, err
 	}
 	defer f.Close()
-	made := &mounted{target: target, image: image, users: map[string]bool{}}
+	made := &mounted{target: target, image: image}
 	old, err := mountedAt(target)
 	if err != nil {
 		return nil, err
@@ -352,47 +369,40 @@ func verify(image *os.File, want fsverity.Digest, verity bool) (mount.Verificati
 	return mount.Checked, nil
 }
 
-// restore mounts what active snapshots and views need, and unmounts what none needs.
+// restore mounts what active snapshots and views need, and unmounts what none needs. A
+// snapshot that this cannot be done for does not keep the others from working.
 func (s *Snapshotter) restore(ctx context.Context) error {
-	var needs []*active
+	var keys []string
 	err := s.read(ctx, func(ctx context.Context) error {
-		return walkAll(ctx, func(ctx context.Context, info snapshots.Info) error {
-			if info.Kind == snapshots.KindCommitted {
-				return nil
+		return walkAll(ctx, func(_ context.Context, info snapshots.Info) error {
+			if info.Kind != snapshots.KindCommitted {
+				keys = append(keys, info.Name)
 			}
-			id, _, _, err := storage.GetInfo(ctx, info.Name)
-			if err != nil {
-				return err
-			}
-			if info.Kind == snapshots.KindActive {
-				if err := makeUpper(s.dir(id)); err != nil {
-					return err
-				}
-			}
-			if info.Parent == "" {
-				return nil
-			}
-			ids, err := chain(ctx, info.Parent)
-			if err != nil {
-				return err
-			}
-			m, err := idsOf(info.Name, info.Labels)
-			if err != nil {
-				return err
-			}
-			needs = append(needs, &active{id: id, key: info.Name, kind: info.Kind, chain: ids, ids: m})
 			return nil
 		})
 	})
 	if err != nil {
 		return err
 	}
-	for _, a := range needs {
-		if err := s.need(ctx, a); err != nil {
-			s.log.Error("mounting the layers of a snapshot", "key", a.key, "error", err)
+	for _, key := range keys {
+		if err := s.restoreOne(ctx, key); err != nil {
+			s.log.Error("mounting the layers of a snapshot", "key", key, "error", err)
 		}
 	}
 	return s.unmountUnused()
+}
+
+func (s *Snapshotter) restoreOne(ctx context.Context, key string) error {
+	a, err := s.active(ctx, key)
+	if err != nil {
+		return err
+	}
+	if a.kind == snapshots.KindActive {
+		if err := makeUpper(s.dir(a.id)); err != nil {
+			return err
+		}
+	}
+	return s.need(ctx, a)
 }
 
 // unmountUnused unmounts what an earlier process mounted and nobody needs any more.
@@ -414,56 +424,4 @@ func (s *Snapshotter) unmountUnused() error {
 		}()
 	}
 	return nil
-}
-
-// UnmountAll unmounts all images below the root directory of a snapshotter that is
-// not running. Containers that run keep their files. It is for taking a snapshotter
-// away; New mounts them again.
-func UnmountAll(root string) error {
-	root, err := filepath.EvalSymlinks(root)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // nothing ever was
-	}
-	if err != nil {
-		return err
-	}
-	if root, err = filepath.Abs(root); err != nil {
-		return err
-	}
-	all, err := mount.List()
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, m := range all {
-		if strings.HasPrefix(m.Target, filepath.Join(root, "mounts")+"/") {
-			errs = append(errs, mount.Detach(m.Target))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// upperInUse reports whether an overlay that this process sees has the directory as
-// upper directory, or as a lower one: BuildKit mounts it so to read it.
-func upperInUse(dir string) (used bool, err error) {
-	f, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return false, err
-	}
-	defer f.Close()
-	err = mount.ParseMountinfo(f, func(e mount.Entry) error {
-		if e.Type == "overlay" {
-			for _, upper := range e.SuperOption("upperdir") {
-				used = used || upper == dir
-			}
-			for _, lowers := range e.SuperOption("lowerdir") {
-				used = used || slices.Contains(strings.Split(lowers, ":"), dir)
-			}
-			for _, lower := range e.SuperOption("lowerdir+") {
-				used = used || lower == dir
-			}
-		}
-		return nil
-	})
-	return used, err
 }

@@ -66,6 +66,7 @@ func (s *Snapshotter) discard(id string) {
 		s.log.Info("keeping an upper directory while it is mounted", "dir", s.upper(id))
 		return
 	}
+	s.unlimit(id)
 	trash, err := os.MkdirTemp(filepath.Join(s.root, "snapshots"), "rm-")
 	if err == nil {
 		err = os.Rename(s.dir(id), filepath.Join(trash, id))

@@ -31,6 +31,7 @@
 //	metadata.db             the records
 //	instance                an ID that the names in the store begin with
 //	snapshots/ID/{fs,work}  upper and work directory of an active snapshot
+//	snapshots/ID/taken      what fs was, while its files become objects
 //	mounts/ID[-MAP]         the merged image of a committed snapshot, while it is used
 //	mounts/ID-parents       its directories, while a layer is unpacked on top of it
 //	empty/                  the lower directory of a layer without a parent
@@ -86,6 +87,12 @@ const (
 	LabelImage = "io.particle-os.image"
 )
 
+// Files in the root.
+const (
+	metadataFile = "metadata.db"
+	instanceFile = "instance"
+)
+
 // maxRoot limits the length of Root in bytes: containerd shortens mount options of
 // more than 3,584 bytes in a way that takes ":" apart, and three paths are in them.
 const maxRoot = 1000
@@ -94,6 +101,8 @@ const maxRoot = 1000
 var (
 	// ErrRoot: the root directory cannot serve.
 	ErrRoot = errors.New("unfit root directory")
+	// ErrInUse: another process uses the root directory, or a container its files.
+	ErrInUse = errors.New("in use")
 	// ErrUpper: an upper directory has something that no layer can be made of.
 	ErrUpper = errors.New("no layer can be made of the upper directory")
 	// ErrChain: a layer in the store or from a source is not the one that was asked
@@ -137,6 +146,7 @@ type Snapshotter struct {
 	state  volatile
 
 	recording  sync.Mutex  // of new snapshots, with their directories
+	projects   sync.Mutex  // held while one is given out
 	differs    atomic.Bool // our differ unpacks layers
 	background sync.WaitGroup
 	ctx        context.Context // ends with Close
@@ -169,7 +179,7 @@ func New(ctx context.Context, o Options) (_ *Snapshotter, err error) {
 	if s.instance, err = instanceID(s.root); err != nil {
 		return nil, fmt.Errorf("opening the snapshotter in %q: %w", s.root, err)
 	}
-	s.meta, err = storage.NewMetaStore(filepath.Join(s.root, "metadata.db"), func(o *bolt.Options) error {
+	s.meta, err = storage.NewMetaStore(filepath.Join(s.root, metadataFile), func(o *bolt.Options) error {
 		o.Timeout = 5 * time.Second
 		return nil
 	})
@@ -189,7 +199,7 @@ func New(ctx context.Context, o Options) (_ *Snapshotter, err error) {
 	// Temporary directories are only there while their creator lives.
 	if err := s.sweep(ctx, true); err != nil {
 		if errors.Is(err, bolterrors.ErrTimeout) {
-			err = fmt.Errorf("another process uses it: %w", err)
+			err = fmt.Errorf("%w by another process: %w", ErrInUse, err)
 		}
 		return nil, fmt.Errorf("opening the snapshotter in %q: %w", s.root, err)
 	}
@@ -228,7 +238,7 @@ func makeRoot(root string) (string, error) {
 // instanceID returns the ID of a root, which it makes the first time. Several roots
 // can use one store.
 func instanceID(root string) (string, error) {
-	path := filepath.Join(root, "instance")
+	path := filepath.Join(root, instanceFile)
 	const digits = 16
 	b, err := os.ReadFile(path)
 	if err == nil {
@@ -313,6 +323,7 @@ func imageLock(id string) string { return "image/" + id }
 func (s *Snapshotter) dir(id string) string   { return filepath.Join(s.root, "snapshots", id) }
 func (s *Snapshotter) upper(id string) string { return filepath.Join(s.dir(id), "fs") }
 func (s *Snapshotter) work(id string) string  { return filepath.Join(s.dir(id), "work") }
+func (s *Snapshotter) taken(id string) string { return filepath.Join(s.dir(id), "taken") }
 func (s *Snapshotter) empty() string          { return filepath.Join(s.root, "empty") }
 
 // isExtract reports whether a key is of a snapshot that a layer is unpacked into.

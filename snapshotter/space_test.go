@@ -74,6 +74,34 @@ func TestQuota(t *testing.T) {
 				t.Errorf("got %v, want an error about the quota", err)
 			}
 		})
+
+		// A removed snapshot gives back its limit, and a project that somebody still has is
+		// not given out: here one that has the next snapshot's.
+		upper := upperOf(t, mounts)
+		project, limit, err := snapshotter.Limit(upper)
+		if err != nil || project == 0 || limit != 1<<20 {
+			t.Fatalf("got project %d with the limit %d, %v", project, limit, err)
+		}
+		old := filepath.Join(dir, "old")
+		if err := errors.Join(os.Mkdir(old, 0o700), snapshotter.SetProject(old, project+1)); err != nil {
+			t.Fatal(err)
+		}
+		if err := e.Remove(t.Context(), "limited"); err != nil {
+			t.Fatal(err)
+		}
+		if limit, err := snapshotter.LimitOf(dir, project); err != nil || limit != 0 {
+			t.Errorf("project %d still has the limit %d, %v", project, limit, err)
+		}
+		if mounts, err = e.Prepare(t.Context(), "next", top, sized("2097152")); err != nil {
+			t.Fatal(err)
+		}
+		next, limit, err := snapshotter.Limit(upperOf(t, mounts))
+		if err != nil || next != project+2 || limit != 2<<20 {
+			t.Errorf("got project %d with the limit %d, %v, want project %d", next, limit, err, project+2)
+		}
+		if limit, err := snapshotter.LimitOf(dir, project+1); err != nil || limit != 0 {
+			t.Errorf("another's project %d has the limit %d, %v", project+1, limit, err)
+		}
 		e.removeAll(t)
 	})
 }

@@ -50,17 +50,39 @@ func newSnapshotterCommand(t *term) *cli.Command {
 			&cli.StringFlag{Name: "log-format", Value: "text", Usage: "write the log as `text|json`"},
 			&cli.BoolFlag{Name: "debug", Usage: "log each request"},
 			&cli.BoolFlag{Name: "unmount", Usage: "unmount what a snapshotter that is stopped left mounted, and exit"},
+			&cli.BoolFlag{Name: "purge", Usage: "also remove its records, its containers' files and its names in the store, and exit; particle store gc then frees what only they used"},
 		},
 		Action: func(c *cli.Context) error {
 			if c.NArg() != 0 {
 				return usagef("snapshotter takes no arguments, got %d", c.NArg())
 			}
-			if c.Bool("unmount") {
-				return snapshotter.UnmountAll(c.String("root"))
+			if c.Bool("unmount") || c.Bool("purge") {
+				return takeSnapshotterAway(t, c)
 			}
 			return serveSnapshotter(c.Context, t, c)
 		},
 	}
+}
+
+// takeSnapshotterAway removes what a snapshotter that was stopped left.
+func takeSnapshotterAway(t *term, c *cli.Context) (err error) {
+	root := c.String("root")
+	if c.Bool("purge") {
+		st, oerr := store.Open(c.String("store"))
+		switch {
+		case errors.Is(oerr, store.ErrNotStore):
+			t.warnf("there is no store in %s: no names are removed", c.String("store"))
+		case oerr != nil:
+			return oerr
+		}
+		err = snapshotter.Purge(root, st)
+	} else {
+		err = snapshotter.UnmountAll(root)
+	}
+	if errors.Is(err, snapshotter.ErrInUse) {
+		err = fmt.Errorf("%w\nstop its containers, particle-snapshotter.socket and particle-snapshotter.service first", err)
+	}
+	return err
 }
 
 func serveSnapshotter(ctx context.Context, t *term, c *cli.Context) (err error) {

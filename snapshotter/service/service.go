@@ -21,6 +21,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path"
 	"path/filepath"
 	"syscall"
 	"time"
@@ -75,6 +76,7 @@ func New(o Options) (*Server, error) {
 	}
 	s.rpc = grpc.NewServer(
 		grpc.UnaryInterceptor(s.intercept),
+		grpc.StreamInterceptor(s.interceptStream),
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
 		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
 	)
@@ -82,11 +84,11 @@ func New(o Options) (*Server, error) {
 	if o.Containerd == "" {
 		return s, nil
 	}
-	path, err := filepath.Abs(o.Containerd)
+	socket, err := filepath.Abs(o.Containerd)
 	if err != nil {
 		return nil, err
 	}
-	s.conn, err = grpc.NewClient("unix://"+path,
+	s.conn, err = grpc.NewClient("unix://"+socket,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(
 			grpc.MaxCallRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
@@ -179,27 +181,41 @@ func (s *Server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 	}
 	began := time.Now()
 	resp, err := handler(ctx, req)
-	took := time.Since(began)
-	code := status.Code(err)
-	method := filepath.Base(info.FullMethod)
-	s.metrics.requests.WithLabelValues(method, code.String()).Observe(took.Seconds())
-	level := slog.LevelDebug
-	switch code {
-	case codes.Unknown, codes.Internal, codes.DataLoss, codes.ResourceExhausted:
-		level = slog.LevelError
-	}
-	attrs := []slog.Attr{slog.String("method", method), slog.Duration("took", took), slog.String("code", code.String())}
+	var attrs []slog.Attr
 	if k, ok := req.(interface{ GetKey() string }); ok {
 		attrs = append(attrs, slog.String("key", k.GetKey()))
 	}
 	if n, ok := req.(interface{ GetName() string }); ok {
 		attrs = append(attrs, slog.String("name", n.GetName()))
 	}
+	s.ended(ctx, info.FullMethod, began, err, attrs...)
+	return resp, err
+}
+
+// interceptStream measures and logs requests with more than one answer (List).
+func (s *Server) interceptStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	began := time.Now()
+	err := handler(srv, stream)
+	s.ended(stream.Context(), info.FullMethod, began, err)
+	return err
+}
+
+// ended measures and logs a request.
+func (s *Server) ended(ctx context.Context, fullMethod string, began time.Time, err error, attrs ...slog.Attr) {
+	took := time.Since(began)
+	code := status.Code(err)
+	method := path.Base(fullMethod)
+	s.metrics.requests.WithLabelValues(method, code.String()).Observe(took.Seconds())
+	level := slog.LevelDebug
+	switch code {
+	case codes.Unknown, codes.Internal, codes.DataLoss, codes.ResourceExhausted:
+		level = slog.LevelError
+	}
+	attrs = append([]slog.Attr{slog.String("method", method), slog.Duration("took", took), slog.String("code", code.String())}, attrs...)
 	if err != nil {
 		attrs = append(attrs, slog.String("error", err.Error()))
 	}
 	s.log.LogAttrs(ctx, level, "request", attrs...)
-	return resp, err
 }
 
 // blobs reads containerd's content.

@@ -212,6 +212,13 @@ func TestServe(t *testing.T) {
 		t.Errorf("comparing: got %v, want ErrNotImplemented", err)
 	}
 
+	if err := p.Walk(nsctx, func(context.Context, snapshots.Info) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Walk(nsctx, func(context.Context, snapshots.Info) error { return nil }, "no filter"); err == nil {
+		t.Error("listing with a bad filter gives no error")
+	}
+
 	w := httptest.NewRecorder()
 	promhttp.HandlerFor(srv.Registry(), promhttp.HandlerOpts{}).ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
 	for _, want := range []string{
@@ -220,6 +227,8 @@ func TestServe(t *testing.T) {
 		`particle_snapshotter_layers_total{way="applied"} 1`,
 		`particle_snapshotter_request_duration_seconds_count{code="OK",method="Commit"} 1`,
 		`particle_snapshotter_request_duration_seconds_count{code="Unimplemented",method="Apply"} 4`,
+		`particle_snapshotter_request_duration_seconds_count{code="OK",method="List"} 1`,
+		`particle_snapshotter_request_duration_seconds_count{code="Unknown",method="List"} 1`,
 		"particle_snapshotter_mounts 1\n", "go_goroutines", "process_open_fds",
 	} {
 		if !strings.Contains(w.Body.String(), want) {
