@@ -46,7 +46,7 @@ type request struct {
 	// rebase says that the client gives the parent at Commit only. It then takes no
 	// committed snapshot, but may take an active one that needs no layer.
 	rebase bool
-	diffID digest.Digest // of the layer, if the client says it (containerd 2.4)
+	diffID digest.Digest // of the layer, if the client says it (containerd 2.3 and newer)
 	ref    string
 	blob   string
 }
@@ -98,7 +98,7 @@ func (s *Snapshotter) alreadyCommitted(ctx context.Context, r *request) error {
 // the client goes on. A layer that cannot be had is no error: the client fetches it.
 func (s *Snapshotter) provide(ctx context.Context, a *active, r *request) error {
 	if r.rebase && r.diffID == "" {
-		return nil // this client (2.2, 2.3) could not take it
+		return nil // this client (2.2) could not take it
 	}
 	t, diffID, err := s.obtain(ctx, a.id, r)
 	if err != nil {
