@@ -147,15 +147,17 @@ func TestFlightCancelled(t *testing.T) {
 		return fsverity.Digest{}, ctx.Err()
 	})
 	s.land(first)
+	joined := make(chan bool)
 	second := fly(func(ctx context.Context) (fsverity.Digest, error) {
-		<-first.done
+		<-joined
 		return fsverity.Digest{}, ctx.Err()
 	})
 	close(end)
 	<-first.done
 	if third := fly(nil); third != second {
-		t.Error("the end of the first flight took the second one away")
+		t.Fatal("the end of the first flight took the second one away")
 	}
+	close(joined)
 	s.land(second)
 	if _, err := second.wait(t.Context()); err != nil {
 		t.Errorf("who came later got %v", err)
