@@ -167,9 +167,7 @@ func (s *setup) prepareManifest(ctx context.Context) error {
 
 // openFile opens a file of the physical root; symbolic links stay below it.
 func (s *setup) openFile(name string) (*os.File, error) {
-	fd, err := unix.Openat2(int(s.phys.Fd()), strings.TrimLeft(name, "/"), &unix.OpenHow{
-		Flags: unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK | unix.O_NOCTTY, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
-	})
+	fd, err := openat2(s.phys, strings.TrimLeft(name, "/"), unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, unix.RESOLVE_IN_ROOT|unix.RESOLVE_NO_MAGICLINKS)
 	if err != nil {
 		return nil, &os.PathError{Op: "opening", Path: filepath.Join(s.o.Root, name), Err: err}
 	}

@@ -5,15 +5,29 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
+// openat2 opens a file that must not be outside of a directory. The kernel does not follow
+// ".." while anything anywhere is renamed or mounted, as on a machine that boots, and asks
+// to try again (openat2(2), EAGAIN).
+func openat2(dir *os.File, name string, flags, resolve uint64) (fd int, err error) {
+	const tries = 1000
+	for range tries {
+		fd, err = unix.Openat2(int(dir.Fd()), name, &unix.OpenHow{Flags: flags | unix.O_CLOEXEC, Resolve: resolve})
+		if err != unix.EAGAIN && err != unix.EINTR {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return fd, err
+}
+
 // openat opens a directory below another one, as a handle for mounting.
 func openat(dir *os.File, name string, resolve uint64) (*os.File, error) {
-	fd, err := unix.Openat2(int(dir.Fd()), name, &unix.OpenHow{
-		Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: resolve,
-	})
+	fd, err := openat2(dir, name, unix.O_PATH|unix.O_DIRECTORY, resolve)
 	if err != nil {
 		return nil, &os.PathError{Op: "opening", Path: filepath.Join(dir.Name(), name), Err: err}
 	}

@@ -390,9 +390,7 @@ func (s *setup) checkInit() error {
 		}
 	}
 	for _, name := range names {
-		fd, err := unix.Openat2(int(s.root.Fd()), strings.TrimLeft(name, "/"), &unix.OpenHow{
-			Flags: unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NOCTTY | unix.O_NONBLOCK, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
-		})
+		fd, err := openat2(s.root, strings.TrimLeft(name, "/"), unix.O_RDONLY|unix.O_NOCTTY|unix.O_NONBLOCK, unix.RESOLVE_IN_ROOT|unix.RESOLVE_NO_MAGICLINKS)
 		if err == nil {
 			f := os.NewFile(uintptr(fd), name)
 			defer f.Close()
