@@ -33,8 +33,9 @@ func newContainerd(t testing.TB, store, dir string) *containerd {
 	t.Helper()
 	c := &containerd{t: t, dir: dir}
 	snapshotter, root := filepath.Join(dir, "particle.sock"), filepath.Join(dir, "snapshotter")
-	c.serve(snapshotter, exec.Command(particle, "--store", store, "snapshotter", "--root", root, "--socket", snapshotter, "--containerd", c.socket()))
+	// It refuses while the service runs: what is set up first is cleaned up last.
 	t.Cleanup(func() { run(t, exec.Command(particle, "snapshotter", "--root", root, "--unmount")) })
+	c.serve(snapshotter, exec.Command(particle, "--store", store, "snapshotter", "--root", root, "--socket", snapshotter, "--containerd", c.socket()))
 	config := filepath.Join(dir, "config.toml")
 	write(t, config, fmt.Sprintf(`version = 2
 root = %q
