@@ -72,6 +72,15 @@ const (
 	snapshotProxy = `type = "snapshot"
 address = "SOCKET"
 `
+	// differs is what 2.x is told, up to where it unpacks.
+	differs = `[proxy_plugins.particle-diff]
+type = "diff"
+address = "SOCKET"
+capabilities = []
+[plugins."io.containerd.service.v1.diff-service"]
+default = ["particle-diff", "walking"]
+[plugins."io.containerd.transfer.v1.local"]
+`
 	nativeErofs    = `{ platform = "linux(+erofs)/amd64", snapshotter = "erofs", differ = "erofs", optional = true }`
 	walkingOverlay = `{ platform = "linux/amd64", snapshotter = "overlayfs", differ = "walking" }`
 	ourUnpacking   = `{ platform = "linux/amd64", snapshotter = "particle", differ = "particle-diff" }`
@@ -131,14 +140,7 @@ imports = ["DIR/etc/containerd.d/*"]
 [proxy_plugins.particle]
 capabilities = ["remap-ids"]
 exports = { root = "ROOT", enable_remote_snapshot_annotations = "true" }
-` + snapshotProxy + `[proxy_plugins.particle-diff]
-type = "diff"
-address = "SOCKET"
-capabilities = []
-[plugins."io.containerd.service.v1.diff-service"]
-default = ["particle-diff", "walking"]
-[plugins."io.containerd.transfer.v1.local"]
-unpack_config = [{ platform = "linux/amd64", snapshotter = "stargz" },` + ourUnpacking + `]
+` + snapshotProxy + differs + `unpack_config = [{ platform = "linux/amd64", snapshotter = "stargz" },` + ourUnpacking + `]
 `,
 		},
 		{
@@ -147,14 +149,7 @@ unpack_config = [{ platform = "linux/amd64", snapshotter = "stargz" },` + ourUnp
 [proxy_plugins.particle]
 capabilities = ["remap-ids", "rebase"]
 exports = { root = "ROOT", enable_remote_snapshot_annotations = "true" }
-` + snapshotProxy + `[proxy_plugins.particle-diff]
-type = "diff"
-address = "SOCKET"
-capabilities = []
-[plugins."io.containerd.service.v1.diff-service"]
-default = ["particle-diff", "walking"]
-[plugins."io.containerd.transfer.v1.local"]
-unpack_config = [` + walkingOverlay + "," + nativeErofs + "," + ourUnpacking + `]
+` + snapshotProxy + differs + `unpack_config = [` + walkingOverlay + "," + nativeErofs + "," + ourUnpacking + `]
 `,
 		},
 		{
@@ -163,14 +158,7 @@ unpack_config = [` + walkingOverlay + "," + nativeErofs + "," + ourUnpacking + `
 [proxy_plugins.particle]
 capabilities = ["remap-ids"]
 exports = { root = "ROOT", enable_remote_snapshot_annotations = "true" }
-` + snapshotProxy + `[proxy_plugins.particle-diff]
-type = "diff"
-address = "SOCKET"
-capabilities = []
-[plugins."io.containerd.service.v1.diff-service"]
-default = ["particle-diff", "walking"]
-[plugins."io.containerd.transfer.v1.local"]
-unpack_config = [` + walkingOverlay + "," + nativeErofs + "," + ourUnpacking + `]
+` + snapshotProxy + differs + `unpack_config = [` + walkingOverlay + "," + nativeErofs + "," + ourUnpacking + `]
 `,
 		},
 		{

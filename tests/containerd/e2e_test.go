@@ -158,21 +158,28 @@ func (h *host) changeAndCommit(name string) {
 // server is podman's name of the server example, which tests/setup/images.sh builds.
 const server = "localhost/server"
 
+// storedServer returns a host that has the server example in its store, and a registry
+// that has it, too.
+func storedServer(t *testing.T, r release) (h *host, reg *loggedRegistry, ref string) {
+	t.Helper()
+	if _, err := exec.LookPath("podman"); err != nil {
+		t.Skipf("%v (Debian package podman)", err)
+	}
+	if _, err := program.Try("podman", "image", "exists", server); err != nil {
+		t.Skipf("podman has no image %s; tests/setup/images.sh builds it", server)
+	}
+	h, reg = newHost(t, r), newRegistry(t)
+	h.particle("convert", "containers-storage:"+server, "host")
+	ref = reg.Addr() + "/server:1"
+	h.particle("push", "--compression=none", "host", ref)
+	return h, reg, ref
+}
+
 // TestHostImage starts the image that the host itself boots: no layer is fetched, and
 // its files are on disk once.
 func TestHostImage(t *testing.T) {
 	forReleases(t, func(t *testing.T, r release) {
-		if _, err := exec.LookPath("podman"); err != nil {
-			t.Skipf("%v (Debian package podman)", err)
-		}
-		if _, err := program.Try("podman", "image", "exists", server); err != nil {
-			t.Skipf("podman has no image %s; tests/setup/images.sh builds it", server)
-		}
-		h := newHost(t, r)
-		reg := newRegistry(t)
-		h.particle("convert", "containers-storage:"+server, "host")
-		ref := reg.Addr() + "/server:1"
-		h.particle("push", "--compression=none", "host", ref)
+		h, reg, ref := storedServer(t, r)
 		img := reg.get(t, ref)
 		reg.fetched(t, img)
 
@@ -223,14 +230,7 @@ func TestSideBySide(t *testing.T) {
 		if !r.since(2, 2) {
 			t.Skip("containerd does so since 2.2")
 		}
-		if _, err := program.Try("podman", "image", "exists", server); err != nil {
-			t.Skipf("podman has no image %s; tests/setup/images.sh builds it", server)
-		}
-		h := newHost(t, r)
-		reg := newRegistry(t)
-		h.particle("convert", "containers-storage:"+server, "host")
-		ref := reg.Addr() + "/server:1"
-		h.particle("push", "--compression=none", "host", ref)
+		h, reg, ref := storedServer(t, r)
 		img := reg.get(t, ref)
 		reg.fetched(t, img)
 
