@@ -22,8 +22,8 @@ func newDoctorCommand(t *term) *cli.Command {
 			"is changed. The exit status is 1 if images cannot be mounted.",
 		Flags: []cli.Flag{&cli.BoolFlag{Name: "json", Usage: "print JSON"}},
 		Action: func(c *cli.Context) error {
-			if c.NArg() > 0 {
-				return usagef("doctor takes no arguments, got %q", c.Args().First())
+			if err := noArgs(c); err != nil {
+				return err
 			}
 			d := diagnose(c.String("store"))
 			if place, err := (&podmanBridge{}).place(c.Context); err == nil {

@@ -363,8 +363,8 @@ func newResetCommand(t *term) *cli.Command {
 			"The present deployment stays, too, with its /var, and can be rolled back to.",
 		Flags: append(deployFlags(), bootFlags()...),
 		Action: func(c *cli.Context) error {
-			if c.NArg() > 0 {
-				return usagef("reset takes no arguments, got %q", c.Args().First())
+			if err := noArgs(c); err != nil {
+				return err
 			}
 			return succeed(t, c, func(h *hostdeploy.Host, _ []*hostdeploy.Deployment, from *hostdeploy.Deployment) error {
 				req := hostdeploy.Request{Manifest: from.Manifest, Reference: from.Reference, Base: from.ID, FreshEtc: true, FreshVar: true, NoUserArgs: true}

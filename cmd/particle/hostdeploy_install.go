@@ -64,8 +64,8 @@ func newInstallCommand(t *term) *cli.Command {
 					"/var are not taken over. Its boot loader is used.",
 				Flags: installFlags(),
 				Action: func(c *cli.Context) error {
-					if c.NArg() > 0 {
-						return usagef("install to-existing-root takes no arguments, got %q", c.Args().First())
+					if err := noArgs(c); err != nil {
+						return err
 					}
 					return installToFilesystem(t, c, "/")
 				},

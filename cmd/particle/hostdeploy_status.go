@@ -20,8 +20,8 @@ func newStatusCommand(t *term) *cli.Command {
 			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "list packages and changes of /etc one by one"},
 			&cli.BoolFlag{Name: "json", Usage: "print JSON"}),
 		Action: func(c *cli.Context) error {
-			if c.NArg() > 0 {
-				return usagef("status takes no arguments, got %q", c.Args().First())
+			if err := noArgs(c); err != nil {
+				return err
 			}
 			return runStatus(t, c)
 		},

@@ -21,8 +21,8 @@ func newImagesCommand(t *term) *cli.Command {
 		Usage: "list the images of the store",
 		Flags: []cli.Flag{&cli.BoolFlag{Name: "json", Usage: "print the list as JSON"}},
 		Action: func(c *cli.Context) error {
-			if c.NArg() != 0 {
-				return usagef("images takes no arguments, got %d", c.NArg())
+			if err := noArgs(c); err != nil {
+				return err
 			}
 			st, err := readStore(t, c)
 			if err != nil {

@@ -48,8 +48,8 @@ func newLayerStoreCommand(t *term) *cli.Command {
 				Usage: "unmount what a killed service, or tree, has left mounted; running containers keep their files",
 				Flags: dirs(),
 				Action: func(c *cli.Context) error {
-					if c.NArg() > 0 {
-						return usagef("layer-store stop takes no arguments")
+					if err := noArgs(c); err != nil {
+						return err
 					}
 					return podmanext.UnmountLayers(c.String("dir"), c.String("mounts"))
 				},

@@ -53,8 +53,8 @@ func newSnapshotterCommand(t *term) *cli.Command {
 			&cli.BoolFlag{Name: "purge", Usage: "also remove its records, its containers' files and its names in the store, and exit; particle store gc then frees what only they used"},
 		},
 		Action: func(c *cli.Context) error {
-			if c.NArg() != 0 {
-				return usagef("snapshotter takes no arguments, got %d", c.NArg())
+			if err := noArgs(c); err != nil {
+				return err
 			}
 			if c.Bool("unmount") || c.Bool("purge") {
 				return takeSnapshotterAway(t, c)
