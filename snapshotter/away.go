@@ -32,7 +32,8 @@ func UnmountAll(root string) error {
 // the store that keep its layers from being collected, and its own files in the root
 // directory; the directory itself if nothing else is there. It may be repeated where it
 // was interrupted. The error is ErrInUse, and no file is gone, where a container has a
-// snapshot mounted. A nil store is one that is gone, too.
+// snapshot mounted; and ErrNoStore where there is something to take away and no store: a
+// root without its instance can never again be told from those that share a store.
 func Purge(root string, st *store.Store) (err error) {
 	root, release, err := hold(root)
 	if root == "" || err != nil {
@@ -41,6 +42,9 @@ func Purge(root string, st *store.Store) (err error) {
 	defer func() { err = errors.Join(err, release()) }()
 	if _, err := os.Stat(filepath.Join(root, instanceFile)); errors.Is(err, fs.ErrNotExist) {
 		return nil // no snapshotter's, whatever is there
+	}
+	if st == nil {
+		return fmt.Errorf("%w: the snapshotter in %q has names in one", ErrNoStore, root)
 	}
 	instance, err := instanceID(root)
 	if err != nil {
@@ -52,10 +56,8 @@ func Purge(root string, st *store.Store) (err error) {
 	if err := unused(root); err != nil {
 		return err
 	}
-	if st != nil {
-		if err := removeNames(st, refPrefix+instance+"/"); err != nil {
-			return err
-		}
+	if err := removeNames(st, refPrefix+instance+"/"); err != nil {
+		return err
 	}
 	own, err := filepath.Glob(filepath.Join(root, tempPrefix+"*"))
 	if err != nil {

@@ -128,6 +128,9 @@ func TestPurge(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	if err := snapshotter.Purge(e.root, nil); !errors.Is(err, snapshotter.ErrNoStore) {
+		t.Errorf("without the store: got %v, want ErrNoStore", err)
+	}
 	for range 2 {
 		if err := snapshotter.Purge(e.root, e.store); err != nil {
 			t.Fatal(err)
@@ -152,7 +155,7 @@ func TestPurge(t *testing.T) {
 		t.Errorf("the store still has %+v, %v", usage, err)
 	}
 
-	// What is no snapshotter's stays, and no store is none to clean.
+	// What is no snapshotter's stays, and needs no store.
 	strange := t.TempDir()
 	if err := os.Mkdir(filepath.Join(strange, "snapshots"), 0o700); err != nil {
 		t.Fatal(err)

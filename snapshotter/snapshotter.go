@@ -103,6 +103,8 @@ var (
 	ErrRoot = errors.New("unfit root directory")
 	// ErrInUse: another process uses the root directory, or a container its files.
 	ErrInUse = errors.New("in use")
+	// ErrNoStore: Purge needs the store that the snapshotter used.
+	ErrNoStore = errors.New("no store")
 	// ErrUpper: an upper directory has something that no layer can be made of.
 	ErrUpper = errors.New("no layer can be made of the upper directory")
 	// ErrChain: a layer in the store or from a source is not the one that was asked

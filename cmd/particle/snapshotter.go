@@ -57,7 +57,7 @@ func newSnapshotterCommand(t *term) *cli.Command {
 				return err
 			}
 			if c.Bool("unmount") || c.Bool("purge") {
-				return takeSnapshotterAway(t, c)
+				return takeSnapshotterAway(c)
 			}
 			return serveSnapshotter(c.Context, t, c)
 		},
@@ -65,17 +65,16 @@ func newSnapshotterCommand(t *term) *cli.Command {
 }
 
 // takeSnapshotterAway removes what a snapshotter that was stopped left.
-func takeSnapshotterAway(t *term, c *cli.Context) (err error) {
+func takeSnapshotterAway(c *cli.Context) (err error) {
 	root := c.String("root")
 	if c.Bool("purge") {
 		st, oerr := store.Open(c.String("store"))
-		switch {
-		case errors.Is(oerr, store.ErrNotStore):
-			t.warnf("there is no store in %s: no names are removed", c.String("store"))
-		case oerr != nil:
+		if oerr != nil && !errors.Is(oerr, store.ErrNotStore) {
 			return oerr
 		}
-		err = snapshotter.Purge(root, st)
+		if err = snapshotter.Purge(root, st); errors.Is(err, snapshotter.ErrNoStore) {
+			err = fmt.Errorf("%w, and %q is none\nname it with --store; if it is gone for good, run particle snapshotter --unmount and remove the directory", err, c.String("store"))
+		}
 	} else {
 		err = snapshotter.UnmountAll(root)
 	}
