@@ -76,6 +76,7 @@ func boot(t testing.TB, l loader) *machine {
 // root enforced, under OVMF + systemd-boot, OVMF + GRUB, BIOS + GRUB and BIOS + extlinux.
 // Inside: write to /usr fails, /etc and /var persist, status is right."
 func TestInstall(t *testing.T) {
+	t.Parallel()
 	for _, l := range loaders {
 		t.Run(l.firmware.String()+"-"+l.name, func(t *testing.T) {
 			need(t, essential)

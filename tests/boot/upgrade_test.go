@@ -50,6 +50,7 @@ func (m *machine) deployed(command string) *deployed {
 // "Upgrade to a second image, reboot, new system; rollback, reboot, old system." And:
 // "dpkg -l and dpkg --verify are right after install, upgrade and rollback."
 func TestUpgrade(t *testing.T) {
+	t.Parallel() // also beside TestInstall: that one looks at no image that is pushed
 	for _, l := range loaders {
 		t.Run(l.name, func(t *testing.T) { testUpgrade(t, l) })
 	}
