@@ -243,9 +243,10 @@ func printInstalled(t *term, c *cli.Context, plan *hostdeploy.Plan, p *phases, w
 	return nil
 }
 
-// planDisk prints what would be made of a disk. The image is not fetched: there is no
-// place for it yet.
-func planDisk(t *term, c *cli.Context, path, loader string, o disk.Options) error {
+// planDisk prints what would be made of a disk: its partitions and the very plan. That is
+// made in a directory in the root's place, which the image is fetched into; it is gone
+// in the end, and so is its name from what is printed.
+func planDisk(t *term, c *cli.Context, path, loader string, o disk.Options) (err error) {
 	have, err := disk.Inspect(c.Context, path)
 	length, sector := o.Size, 512
 	switch {
@@ -261,13 +262,18 @@ func planDisk(t *term, c *cli.Context, path, loader string, o disk.Options) erro
 	if err != nil {
 		return err
 	}
+	p := &phases{t: t}
+	plan, err := planOnDisk(t, c, loader, o.FS, p)
+	if err != nil {
+		return err
+	}
 	if c.Bool("json") {
 		return t.printJSON(struct {
+			installed
 			Disk       string           `json:"disk"`
 			Bootloader string           `json:"bootloader"`
-			Image      string           `json:"image"`
 			Partitions []disk.Partition `json:"partitions"`
-		}{path, loader, c.String("image"), parts})
+		}{installed{plan, p.all}, path, loader, parts})
 	}
 	if have != nil && !have.Empty() {
 		verb := "would be refused without --wipe"
@@ -280,8 +286,36 @@ func planDisk(t *term, c *cli.Context, path, loader string, o disk.Options) erro
 	for _, p := range parts {
 		t.printf("%2d. %-14s %-6s %s\n", p.Number, p.Name, p.FS, size(p.Size))
 	}
-	t.printf("install image %s with the boot loader %s\n", c.String("image"), loader)
+	t.printf("install the boot loader %s\n", loader)
+	printPlan(t, plan)
 	return nil
+}
+
+// planOnDisk makes the plan of an installation to a disk that is not there.
+func planOnDisk(t *term, c *cli.Context, loader string, fs disk.FS, p *phases) (plan *hostdeploy.Plan, err error) {
+	parent := os.Getenv("TMPDIR")
+	if parent == "" {
+		parent = "/var/tmp" // images are large
+	}
+	dir, err := os.MkdirTemp(parent, "particle-plan-")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	boot := filepath.Join(dir, "boot")
+	if err := os.Mkdir(boot, 0o755); err != nil {
+		return nil, err
+	}
+	n := newHost(t, c, p)
+	n.Root, n.Paths, n.Loader = dir, bootloader.Paths{Boot: boot}, loader
+	n.Args = (&hostdeploy.FileSystem{UUID: "NEW", Type: string(fs), Subvolume: "/"}).RootArgs()
+	if plan, err = n.Prepare(c.Context, fill(t, c, n, p)); err != nil {
+		return nil, err
+	}
+	for i := range plan.Steps {
+		plan.Steps[i].Text = strings.ReplaceAll(plan.Steps[i].Text, dir, "")
+	}
+	return plan, nil
 }
 
 // loaderTarget describes a disk that others have partitioned to those who install a boot
