@@ -148,11 +148,7 @@ func runBootstrap(ctx context.Context, t *term, o bootstrapOptions, deliver deli
 		return err
 	}
 	start := time.Now()
-	// The tree of a system does not belong on a /tmp that is memory.
-	tmp := os.Getenv("TMPDIR")
-	if tmp == "" {
-		tmp = "/var/tmp"
-	}
+	tmp := largeTemp()
 	dir, err := os.MkdirTemp(tmp, "particle-bootstrap-")
 	if err != nil {
 		return fmt.Errorf("making a scratch directory: %w", err)

@@ -161,7 +161,7 @@ func convertBuilt(ctx context.Context, t *term, c *cli.Context, b *podmanext.Bui
 		return nil, err
 	}
 	t.infof("podman saves the image to a file first: %v", err)
-	dir, err := os.MkdirTemp("", "particle-build-")
+	dir, err := os.MkdirTemp(largeTemp(), "particle-build-")
 	if err != nil {
 		return nil, err
 	}

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -115,11 +117,23 @@ func (p *phases) step(s hostdeploy.Step, took time.Duration) {
 	p.t.infof("%s", s.Text)
 }
 
+// parseImage reads what people call an image: a reference with its transport, or
+// HOST/REPO[:TAG] of a registry. All else is a name in the store first, then one of Docker's
+// registry. So is localhost/REPO, as podman calls what it builds.
+func parseImage(image string) (ref registry.Ref, name bool, err error) {
+	ref, err = registry.ParseRef(image)
+	if name = err != nil || ref.Transport == registry.Docker && strings.HasPrefix(image, "localhost/"); err != nil && !isReference(image) {
+		ref, err = registry.ParseRef(inRegistry(image))
+	}
+	return ref, name, err
+}
+
 // fetch brings an image into a store and returns the digest of its manifest and the
-// reference that updates come from. IMAGE is a name in the host's store, a reference
-// with its transport, or HOST/REPO[:TAG] of a registry.
+// reference that updates come from, "" for a name in the store. A registry is asked
+// although the store has an image of its name, which may be an old one.
 func fetch(ctx context.Context, t *term, c *cli.Context, st *store.Store, image string, p *phases) (manifest, reference string, err error) {
-	if !isReference(image) {
+	ref, name, perr := parseImage(image)
+	if name {
 		s, err := converter.Find(st, image)
 		if err == nil {
 			_, err = converter.MakeBootable(ctx, st, s)
@@ -128,20 +142,29 @@ func fetch(ctx context.Context, t *term, c *cli.Context, st *store.Store, image 
 		if !errors.Is(err, converter.ErrNotFound) {
 			return "", "", err
 		}
-		t.infof("the store has no image %q: asking for %s", image, inRegistry(image))
-		image = inRegistry(image)
 	}
-	ref, err := registry.ParseRef(image)
-	if err != nil {
-		return "", "", usageError{err}
+	if perr != nil {
+		return "", "", usageError{fmt.Errorf("the store has no image of that name: %w", perr)}
+	}
+	if name {
+		t.infof("the store has no image %q: asking for %s", image, ref)
 	}
 	o, err := registryOptions(c)
 	if err != nil {
 		return "", "", err
 	}
+	if ref.Path != "" {
+		// Updates come from there, whatever directory they are asked for in.
+		if ref.Path, err = filepath.Abs(ref.Path); err != nil {
+			return "", "", err
+		}
+	}
 	start := time.Now()
 	img, err := registry.Open(ctx, ref, o)
 	if err != nil {
+		if s, ferr := converter.Find(st, nameOfRef(ref)); ferr == nil {
+			err = fmt.Errorf("%w\nthe store has one of that name; %s names it, without updates", err, s.Manifest)
+		}
 		return "", "", err
 	}
 	defer img.Close()
@@ -156,7 +179,7 @@ func fetch(ctx context.Context, t *term, c *cli.Context, st *store.Store, image 
 		return "", "", err
 	}
 	p.add("pull", start, res.NewBytes)
-	return res.Manifest.String(), image, nil
+	return res.Manifest.String(), ref.String(), nil
 }
 
 // A deployed is the result of verbs that make a deployment.

@@ -19,8 +19,8 @@ func newSwitchCommand(t *term) *cli.Command {
 		Name:      "switch",
 		Usage:     "deploy another image, and take updates from there",
 		ArgsUsage: "IMAGE",
-		Description: "IMAGE is a name in the host's store, a reference such as docker://HOST/REPO:TAG or\n" +
-			"containers-storage:NAME, or HOST/REPO[:TAG].",
+		Description: "IMAGE is HOST/REPO[:TAG] of a registry, a reference such as containers-storage:NAME or\n" +
+			"oci:DIR, or a name in the host's store, which gets no updates.",
 		Flags: append(deployFlags(), bootFlags()...),
 		Action: func(c *cli.Context) error {
 			if c.NArg() != 1 {

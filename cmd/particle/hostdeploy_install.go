@@ -79,7 +79,7 @@ func newInstallCommand(t *term) *cli.Command {
 
 func installFlags() []cli.Flag {
 	return append(registryFlags(),
-		&cli.StringFlag{Name: "image", Usage: "`IMAGE` to install: a name in the store, or a reference as docker://HOST/REPO:TAG"},
+		&cli.StringFlag{Name: "image", Usage: "`IMAGE` to install: a name in the store, or a reference as HOST/REPO:TAG or containers-storage:NAME"},
 		&cli.StringFlag{Name: "bootloader", Usage: "`LOADER`: " + strings.Join(bootloader.Names(), ", ") + " (default: systemd-boot for a disk, the present one else)"},
 		&cli.StringSliceFlag{Name: "karg", Usage: "kernel `ARG`ument of this machine, kept over all upgrades"},
 		&cli.StringFlag{Name: "target-imgref", Usage: "take updates from this `REFERENCE` instead of IMAGE"},
@@ -111,31 +111,37 @@ func newHost(t *term, c *cli.Context, p *phases) *hostdeploy.NewHost {
 	return n
 }
 
-// fill brings the image into the new host's store.
+// fill brings the image into the new host's store: from this machine's, or from where its
+// reference leads.
 func fill(t *term, c *cli.Context, n *hostdeploy.NewHost, p *phases) hostdeploy.Fill {
-	return func(ctx context.Context, to *store.Store) (string, error) {
-		image := c.String("image")
-		n.Reference = c.String("target-imgref")
-		if !isReference(image) {
-			from, err := readStore(t, c)
-			var s *converter.Stored
-			if err == nil {
-				s, err = converter.Find(from, image)
-			}
-			if err == nil {
-				_, err = converter.Copy(ctx, from, s, to, converter.Options{Name: image})
-				return s.Manifest.String(), err
-			}
-			if !errors.Is(err, converter.ErrNotFound) && !errors.Is(err, store.ErrNotStore) {
+	return func(ctx context.Context, to *store.Store) (manifest string, err error) {
+		image, reference := c.String("image"), ""
+		from, err := readStore(t, c)
+		var s *converter.Stored
+		if err == nil {
+			s, err = converter.Find(from, image)
+		}
+		switch {
+		case err == nil:
+			if _, err = converter.Copy(ctx, from, s, to, converter.Options{Name: image}); err != nil {
 				return "", err
 			}
+			manifest = s.Manifest.String()
+			if ref, name, err := parseImage(image); err == nil && !name {
+				reference = ref.String()
+			}
+		case errors.Is(err, converter.ErrNotFound) || errors.Is(err, store.ErrNotStore):
+			if manifest, reference, err = fetch(ctx, t, c, to, image, p); err != nil {
+				return "", err
+			}
+		default:
+			return "", err
 		}
-		manifest, reference, err := fetch(ctx, t, c, to, image, p)
-		if n.Reference == "" && strings.HasPrefix(reference, "docker://") {
+		if n.Reference = c.String("target-imgref"); n.Reference == "" && strings.HasPrefix(reference, "docker://") {
 			// Other places are this machine's, not the new one's.
 			n.Reference = reference
 		}
-		return manifest, err
+		return manifest, nil
 	}
 }
 
@@ -293,11 +299,7 @@ func planDisk(t *term, c *cli.Context, path, loader string, o disk.Options) (err
 
 // planOnDisk makes the plan of an installation to a disk that is not there.
 func planOnDisk(t *term, c *cli.Context, loader string, fs disk.FS, p *phases) (plan *hostdeploy.Plan, err error) {
-	parent := os.Getenv("TMPDIR")
-	if parent == "" {
-		parent = "/var/tmp" // images are large
-	}
-	dir, err := os.MkdirTemp(parent, "particle-plan-")
+	dir, err := os.MkdirTemp(largeTemp(), "particle-plan-")
 	if err != nil {
 		return nil, err
 	}

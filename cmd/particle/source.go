@@ -334,3 +334,11 @@ func nameOfPath(path string) string {
 	}
 	return base
 }
+
+// largeTemp is the directory of large temporary files: not a /tmp that is memory.
+func largeTemp() string {
+	if dir := os.Getenv("TMPDIR"); dir != "" {
+		return dir
+	}
+	return "/var/tmp"
+}
