@@ -194,8 +194,9 @@ func (b *bootFiles) present(ctx context.Context, p bootloader.Paths, entries []b
 	return used || hex.EncodeToString(h.Sum(nil)) == b.hash, nil
 }
 
-// checkRoom compares what they need with what the boot file system has.
-func (b *bootFiles) checkRoom(p bootloader.Paths) error {
+// checkRoom compares what they need with what the boot file system has, and will have once
+// the kernels are gone that no entry refers to.
+func (b *bootFiles) checkRoom(p bootloader.Paths, entries []bootloader.Entry) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(p.Boot, &st); err != nil {
 		return fmt.Errorf("asking for the free space of %q: %w", p.Boot, err)
@@ -205,7 +206,19 @@ func (b *bootFiles) checkRoom(p bootloader.Paths) error {
 	for _, f := range b.files {
 		need += (f.node.File.Size + block - 1) / block * block
 	}
-	if free := int64(st.Bavail) * block; free < need {
+	free := int64(st.Bavail) * block
+	unused, err := unusedBootDirs(p, entries)
+	if err != nil {
+		return err
+	}
+	for _, name := range unused {
+		n, err := treeSize(filepath.Join(p.Boot, name), block)
+		if err != nil {
+			return err
+		}
+		free += n
+	}
+	if free < need {
 		return fmt.Errorf("%w %q: the kernel and its initramfs need %d MiB, %d MiB are free; particle hostdeploy gc removes what is not needed, unpinning a deployment lets it",
 			ErrNoSpace, p.Boot, (need+1<<20-1)>>20, free>>20)
 	}
@@ -215,9 +228,21 @@ func (b *bootFiles) checkRoom(p bootloader.Paths) error {
 // write copies them to the boot file system and makes them durable. Nothing is renamed:
 // FAT has no atomic rename, and a directory with two names, as a power loss can leave it,
 // cannot be removed without harm. Nobody looks at the directory before an entry names it.
-func (b *bootFiles) write(ctx context.Context, objects Opener, p bootloader.Paths) error {
+//
+// Kernels that no entry refers to go first: an unfinished one, and those of deployments
+// that were staged and never finalized, or are still staged and make room for this one.
+func (b *bootFiles) write(ctx context.Context, objects Opener, p bootloader.Paths, entries []bootloader.Entry) error {
+	unused, err := unusedBootDirs(p, entries)
+	if err != nil {
+		return err
+	}
+	for _, name := range unused {
+		if err := os.RemoveAll(filepath.Join(p.Boot, name)); err != nil {
+			return fmt.Errorf("removing a kernel that nothing uses: %w", err)
+		}
+	}
 	dir := filepath.Join(p.Boot, b.dir())
-	if err := os.RemoveAll(dir); err != nil {
+	if err := os.RemoveAll(dir); err != nil { // damaged, if an entry refers to it
 		return fmt.Errorf("removing an unfinished kernel: %w", err)
 	}
 	if err := os.Mkdir(dir, 0o700); err != nil {
@@ -259,6 +284,13 @@ func bootDirs(p bootloader.Paths) ([]string, error) {
 		}
 	}
 	return dirs, nil
+}
+
+// unusedBootDirs are those of the boot file system that no entry refers to.
+func unusedBootDirs(p bootloader.Paths, entries []bootloader.Entry) ([]string, error) {
+	dirs, err := bootDirs(p)
+	used := usedBootDirs(entries)
+	return slices.DeleteFunc(dirs, func(name string) bool { return slices.Contains(used, name) }), err
 }
 
 // usedBootDirs are those that entries refer to.

@@ -28,7 +28,8 @@ type Collected struct {
 }
 
 // Keep tells for each deployment why it must stay, "" for those that need not: it is
-// booted, staged, pinned, boots next, or is what a rollback leads to.
+// booted, staged, pinned, boots next, or is what a rollback leads to; where that has not
+// proved good yet, the first one that has, too.
 func Keep(all []*Deployment) map[string]string {
 	keep := map[string]string{}
 	for _, d := range all {
@@ -43,8 +44,11 @@ func Keep(all []*Deployment) map[string]string {
 			keep[d.ID] = "boots next"
 		}
 	}
-	if d := previous(all); d != nil && keep[d.ID] == "" {
-		keep[d.ID] = "rollback"
+	good := slices.DeleteFunc(slices.Clone(all), func(d *Deployment) bool { return d.Tries != nil })
+	for _, d := range []*Deployment{previous(all), previous(good)} {
+		if d != nil && keep[d.ID] == "" {
+			keep[d.ID] = "rollback"
+		}
 	}
 	return keep
 }
@@ -53,12 +57,17 @@ func Keep(all []*Deployment) map[string]string {
 // names in the store, in an order that leaves nothing half-working behind. The caller
 // has the lock. With dry nothing is removed.
 func (h *Host) Prune(dry bool) (*Collected, error) {
-	if err := h.Loader.Sync(); err != nil && !dry {
-		return nil, err
+	if !dry {
+		if err := h.Loader.Sync(); err != nil {
+			return nil, err
+		}
 	}
 	all, err := h.Deployments()
 	if err != nil {
 		return nil, err
+	}
+	if !dry {
+		h.recordFailures(all)
 	}
 	c := &Collected{Kept: Keep(all)}
 	if h.Booted != "" && booted(all) == nil {
@@ -109,24 +118,20 @@ func (h *Host) Prune(dry bool) (*Collected, error) {
 
 // pruneKernels removes the kernels that no entry and no staged deployment refers to.
 func (h *Host) pruneKernels(c *Collected, left []bootloader.Entry, dry bool) error {
-	used := usedBootDirs(left)
 	staged, err := h.staged()
 	if err != nil {
 		return err
 	}
-	if staged != nil {
-		used = append(used, bootPrefix+staged.Origin.BootDigest)
-	}
-	dirs, err := bootDirs(h.Paths)
+	dirs, err := unusedBootDirs(h.Paths, left)
 	if err != nil {
 		return err
 	}
 	for _, name := range dirs {
-		if slices.Contains(used, name) {
+		if staged != nil && name == bootPrefix+staged.Origin.BootDigest {
 			continue
 		}
 		dir := filepath.Join(h.Paths.Boot, name)
-		n, err := treeSize(dir)
+		n, err := treeSize(dir, 1)
 		if err != nil {
 			return err
 		}
@@ -170,8 +175,8 @@ func (h *Host) pruneStates(c *Collected, left []bootloader.Entry, dry bool) erro
 			}
 		}
 	}
-	// A /var that a deployment was given for its own goes with the last one that has it.
-	vars := map[string]bool{defaultOS: true}
+	// A /var goes with the last deployment that has it, as a reset leaves one behind.
+	vars := map[string]bool{}
 	for id := range needed {
 		if have, err := exists(h.stateDir(id)); err != nil {
 			return err
@@ -193,9 +198,9 @@ func (h *Host) pruneStates(c *Collected, left []bootloader.Entry, dry bool) erro
 			id, dir := e.Name(), h.path(dir, e.Name())
 			if strings.HasSuffix(id, tempSuffix) {
 				if !dry {
-					err = os.RemoveAll(dir)
+					err = removeAll(dir)
 				}
-			} else if dir == h.path(deployDir, id) && !needed[id] && checkID(id) == nil || dir == h.path(osDir, id) && !vars[id] && ownVar(id) {
+			} else if dir == h.path(deployDir, id) && !needed[id] && checkID(id) == nil || dir == h.path(osDir, id) && len(vars) > 0 && !vars[id] && (id == defaultOS || ownVar(id)) {
 				c.States = append(c.States, dir)
 				if !dry {
 					err = removeTree(dir)
@@ -220,8 +225,8 @@ func (h *Host) Collect(ctx context.Context, dry bool, roots []string) (*Collecte
 	return c, err
 }
 
-// treeSize adds up the sizes of the files below a directory.
-func treeSize(dir string) (n int64, err error) {
+// treeSize adds up the sizes of the files below a directory, each in whole blocks.
+func treeSize(dir string, block int64) (n int64, err error) {
 	err = filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error {
 		if err != nil || e.IsDir() {
 			return err
@@ -230,7 +235,7 @@ func treeSize(dir string) (n int64, err error) {
 		if err != nil {
 			return err
 		}
-		n += fi.Size()
+		n += (fi.Size() + block - 1) / block * block
 		return nil
 	})
 	return n, err

@@ -135,8 +135,8 @@ func find(all []*Deployment, name string) (*Deployment, error) {
 	return nil, fmt.Errorf("%w: %q; there are %s", ErrNoDeployment, name, strings.Join(have, ", "))
 }
 
-// previous returns the deployment that a rollback leads to: the first that is good and
-// neither booted nor staged; nil where there is none. Those that failed do not count.
+// previous returns the deployment that a rollback leads to: the first that is neither
+// booted nor staged and did not fail; nil where there is none.
 func previous(all []*Deployment) *Deployment {
 	for _, d := range all {
 		if !d.Booted && !d.Staged && !d.Failed {
@@ -144,6 +144,32 @@ func previous(all []*Deployment) *Deployment {
 		}
 	}
 	return nil
+}
+
+// Base returns the deployment whose /etc and kernel arguments a new one carries on: the
+// running one, also where its boot entry is lost, or, on a disk that is looked after from
+// outside, what boots next. all is what Deployments returned.
+func (h *Host) Base(all []*Deployment) (*Deployment, error) {
+	if d := booted(all); d != nil {
+		return d, nil
+	}
+	if h.Booted != "" {
+		if have, err := exists(h.stateDir(h.Booted)); err != nil {
+			return nil, err
+		} else if have {
+			o, err := h.origin(h.Booted)
+			if err != nil {
+				return nil, fmt.Errorf("going on from what runs: %w", err)
+			}
+			return &Deployment{Origin: *o, Booted: true}, nil
+		}
+	}
+	for _, d := range all {
+		if !d.Staged {
+			return d, nil
+		}
+	}
+	return nil, fmt.Errorf("%w: the host has no deployment with a boot entry", ErrNoDeployment)
 }
 
 // booted returns the running deployment, nil for none.

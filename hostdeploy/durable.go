@@ -1,8 +1,10 @@
 package hostdeploy
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -90,7 +92,7 @@ func syncFS(dir string) error {
 // removeTree takes a directory out of sight at once and then removes it.
 func removeTree(dir string) error {
 	gone := dir + ".gone" + tempSuffix
-	if err := os.RemoveAll(gone); err != nil {
+	if err := removeAll(gone); err != nil {
 		return err
 	}
 	if err := os.Rename(dir, gone); err != nil {
@@ -102,5 +104,40 @@ func removeTree(dir string) error {
 	if err := syncDir(filepath.Dir(dir)); err != nil {
 		return err
 	}
-	return os.RemoveAll(gone)
+	return removeAll(gone)
+}
+
+// removeAll is os.RemoveAll, also for files that somebody has made immutable or append-only
+// (chattr +i /etc/resolv.conf).
+func removeAll(dir string) error {
+	err := os.RemoveAll(dir)
+	if !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	werr := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || !e.IsDir() && !e.Type().IsRegular() {
+			return err // nothing else has these flags
+		}
+		return thaw(path)
+	})
+	return errors.Join(werr, os.RemoveAll(dir))
+}
+
+// unchangeable are FS_IMMUTABLE_FL and FS_APPEND_FL of linux/fs.h.
+const unchangeable = 0x10 | 0x20
+
+func thaw(path string) error {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	flags, err := unix.IoctlGetUint32(int(f.Fd()), unix.FS_IOC_GETFLAGS)
+	if err != nil || flags&unchangeable == 0 {
+		return nil // a file system without flags, or a file without these
+	}
+	if err := unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, int(flags&^unchangeable)); err != nil {
+		return fmt.Errorf("making %q one that can be removed: %w", path, err)
+	}
+	return nil
 }

@@ -15,17 +15,19 @@ import (
 // An Event is something that happened to a host's deployments.
 type Event struct {
 	Time time.Time `json:"time"`
-	// What is "deployed", "booted", "failed", "rolled back to", "unstaged" or "removed".
+	// What is "deployed", "booted", "failed", "rolled back from", "rolled back to",
+	// "unstaged" or "removed".
 	What  string `json:"what"`
 	ID    string `json:"id"`
 	Title string `json:"title,omitempty"`
-	// Manifest is that of an image that booted, or failed to.
+	// Manifest is that of an image that booted, or failed to, or is part of a rollback.
 	Manifest string `json:"manifest,omitempty"`
 }
 
 const (
 	eventBooted = "booted" // for the first time, as far as boot-complete.target
 	eventFailed = "failed" // all its tries are used up
+	eventLeft   = "rolled back from"
 )
 
 // record appends an event to the history. The history is for people: that it cannot be
@@ -56,7 +58,8 @@ func (h *Host) recordFailures(all []*Deployment) {
 		return
 	}
 	for _, d := range all {
-		if d.Failed && !slices.ContainsFunc(known, func(e Event) bool { return e.ID == d.ID && e.Manifest == d.Manifest }) {
+		// The running one is on its last try.
+		if d.Failed && !d.Booted && !slices.ContainsFunc(known, func(e Event) bool { return e.ID == d.ID && e.Manifest == d.Manifest }) {
 			h.record(Event{What: eventFailed, ID: d.ID, Title: d.Title, Manifest: d.Manifest})
 		}
 	}
@@ -64,19 +67,26 @@ func (h *Host) recordFailures(all []*Deployment) {
 
 // Failures returns what became of the images that used up their tries here, the oldest
 // first, and have not booted since.
-func (h *Host) Failures() ([]Event, error) {
+func (h *Host) Failures() ([]Event, error) { return h.lastly(eventFailed) }
+
+// Left returns the images that were rolled back from, the oldest first, and have not
+// booted since.
+func (h *Host) Left() ([]Event, error) { return h.lastly(eventLeft) }
+
+// lastly returns the events of a kind that are the last of their image.
+func (h *Host) lastly(what string) ([]Event, error) {
 	all, err := h.History()
-	var failed []Event
+	var last []Event
 	for _, e := range all {
 		if e.Manifest == "" {
 			continue
 		}
-		failed = slices.DeleteFunc(failed, func(f Event) bool { return f.Manifest == e.Manifest })
-		if e.What == eventFailed {
-			failed = append(failed, e)
+		last = slices.DeleteFunc(last, func(l Event) bool { return l.Manifest == e.Manifest })
+		if e.What == what {
+			last = append(last, e)
 		}
 	}
-	return failed, err
+	return last, err
 }
 
 // History returns what happened, the oldest first. Lines that a power loss damaged are

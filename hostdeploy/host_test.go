@@ -150,7 +150,7 @@ func TestUpgradeAndBack(t *testing.T) {
 	for _, e := range events {
 		what = append(what, e.What)
 	}
-	if want := "deployed, deployed, booted, rolled back to, rolled back to, deployed, booted, removed"; err != nil || strings.Join(what, ", ") != want {
+	if want := "deployed, deployed, booted, rolled back from, rolled back to, rolled back from, rolled back to, deployed, booted, removed"; err != nil || strings.Join(what, ", ") != want {
 		t.Errorf("history: %s, %v, want %s", strings.Join(what, ", "), err, want)
 	}
 }

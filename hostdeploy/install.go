@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"slices"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/particle-os/particle/converter"
 	"github.com/particle-os/particle/converter/mount"
 	"github.com/particle-os/particle/converter/store"
@@ -44,6 +46,9 @@ type NewHost struct {
 	made bool // Prepare has made the store
 }
 
+// installMark is there until an installation is over: what it is found with has never run.
+const installMark = "state/installing"
+
 // Fill brings the image into the new host's store and returns the digest of its
 // manifest.
 type Fill func(context.Context, *store.Store) (manifest string, err error)
@@ -71,7 +76,11 @@ func (n *NewHost) prepare(ctx context.Context, fill Fill) (*Plan, error) {
 	if n.Warn == nil {
 		n.Warn = func(string, ...any) {}
 	}
-	if have, err := exists(filepath.Join(n.Root, deployDir)); err != nil {
+	loader, err := bootloader.ByName(n.Loader, n.Paths)
+	if err != nil {
+		return nil, err
+	}
+	if have, err := n.installed(loader); err != nil {
 		return nil, err
 	} else if have {
 		return nil, fmt.Errorf("installing to %q: there are deployments already, in %q; particle hostdeploy switch, on the running system, changes them", n.Root, deployDir)
@@ -97,10 +106,6 @@ func (n *NewHost) prepare(ctx context.Context, fill Fill) (*Plan, error) {
 	if _, err := converter.MakeBootable(ctx, st, s); err != nil {
 		return nil, err
 	}
-	loader, err := bootloader.ByName(n.Loader, n.Paths)
-	if err != nil {
-		return nil, err
-	}
 	h := &Host{Root: n.Root, Paths: n.Paths, Loader: loader, Store: st, Warn: n.Warn}
 	if _, ok := n.Machine.Value("panic"); !ok && loader.Tries().Max > 0 {
 		// A kernel that panics is not to stand there: the next start is another try.
@@ -112,8 +117,66 @@ func (n *NewHost) prepare(ctx context.Context, fill Fill) (*Plan, error) {
 	}, false)
 }
 
-// Install applies a plan of Prepare and installs the boot loader.
+// installed reports whether the root has deployments. What an installation left that did
+// not get as far as a boot entry is none.
+func (n *NewHost) installed(loader bootloader.Loader) (bool, error) {
+	if begun, err := exists(filepath.Join(n.Root, installMark)); err != nil {
+		return false, err
+	} else if !begun {
+		deploy, err := exists(filepath.Join(n.Root, deployDir))
+		if err != nil {
+			return false, err
+		}
+		// A /var without deployments is somebody's, too.
+		vars, err := exists(filepath.Join(n.Root, osDir))
+		return deploy || vars, err
+	}
+	entries, err := loader.Entries(n.Warn)
+	return slices.ContainsFunc(entries, func(e bootloader.Entry) bool { return bootedID(ParseArgs(e.Options)) != "" }), err
+}
+
+// Install applies a plan of Prepare and installs the boot loader. On failure nothing is left
+// of it, unless the boot entry is there, and what a power loss leaves does not hinder the
+// next try.
 func (n *NewHost) Install(ctx context.Context, p *Plan) error {
+	err := n.install(ctx, p)
+	if err == nil {
+		return nil
+	}
+	if have, ierr := n.installed(p.h.Loader); have || ierr != nil {
+		return errors.Join(err, ierr)
+	}
+	return errors.Join(err, n.clear(), n.Discard())
+}
+
+// clear removes the state that an unfinished installation has made.
+func (n *NewHost) clear() error {
+	mark := filepath.Join(n.Root, installMark)
+	if begun, err := exists(mark); err != nil || !begun {
+		return err
+	}
+	for _, name := range []string{deployDir, osDir, historyLog, lockFile, verityMark, installMark} {
+		if err := removeAll(filepath.Join(n.Root, name)); err != nil {
+			return fmt.Errorf("removing what an installation left: %w", err)
+		}
+	}
+	// It may have been there before, with something else in it.
+	if err := os.Remove(filepath.Dir(mark)); err != nil && !errors.Is(err, unix.ENOTEMPTY) {
+		return fmt.Errorf("removing what an installation left: %w", err)
+	}
+	return nil
+}
+
+func (n *NewHost) install(ctx context.Context, p *Plan) error {
+	if err := n.clear(); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(filepath.Join(n.Root, installMark)), 0o755); err != nil {
+		return fmt.Errorf("making the state's directory: %w", err)
+	}
+	if err := writeFile(filepath.Join(n.Root, installMark), nil, 0o600); err != nil {
+		return err
+	}
 	for _, dir := range []string{deployDir, filepath.Join(osDir, defaultOS)} {
 		if err := os.MkdirAll(filepath.Join(n.Root, dir), 0o755); err != nil {
 			return fmt.Errorf("making the state's directories: %w", err)
@@ -136,7 +199,10 @@ func (n *NewHost) Install(ctx context.Context, p *Plan) error {
 			return fmt.Errorf("installing the boot loader %s: %w", n.Loader, err)
 		}
 	}
-	return p.Apply(ctx, n.Done)
+	if err := p.Apply(ctx, n.Done); err != nil {
+		return err
+	}
+	return os.Remove(filepath.Join(n.Root, installMark))
 }
 
 // installLoader has the loader installed from the image, which is mounted for it.

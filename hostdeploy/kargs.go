@@ -123,10 +123,14 @@ type Edit struct {
 	Delete  Args // NAME or NAME=VALUE: must exist
 	Replace Args // NAME=VALUE: takes the place of all of that name
 	Append  Args
+	// Carried: it was made of another image, so that what it deletes may be gone already.
+	Carried bool `json:",omitempty"`
 }
 
 // Empty reports whether nothing is to be changed.
 func (e *Edit) Empty() bool { return len(e.Delete)+len(e.Replace)+len(e.Append) == 0 }
+
+var errNoArg = errors.New("there is none")
 
 // Apply returns the arguments after the edit.
 func (e *Edit) Apply(k KArgs) (KArgs, error) {
@@ -149,13 +153,15 @@ func (e *Edit) Apply(k KArgs) (KArgs, error) {
 			}
 		}
 		if !found {
-			return fmt.Errorf("deleting the kernel argument %q: there is none; the arguments are: %s", arg, k.All())
+			return fmt.Errorf("deleting the kernel argument %q: %w; the arguments are: %s", arg, errNoArg, k.All())
 		}
 		k.User = user
 		return nil
 	}
 	for _, arg := range e.Delete {
-		if err := remove(arg); err != nil {
+		if err := remove(arg); errors.Is(err, errNoArg) && e.Carried {
+			continue
+		} else if err != nil {
 			return k, err
 		}
 	}

@@ -46,6 +46,7 @@ func TestEdit(t *testing.T) {
 		{"delete all of a name", Edit{Delete: Args{"a"}}, "root=UUID=1 rw console=ttyS0 quiet splash"},
 		{"replace", Edit{Replace: Args{"console=tty1"}}, "root=UUID=1 rw quiet splash a=1 a=2 console=tty1"},
 		{"replace what is not there", Edit{Replace: Args{"new=1"}}, "root=UUID=1 rw console=ttyS0 quiet splash a=1 a=2 new=1"},
+		{"delete what another image had", Edit{Delete: Args{"zzz", "quiet"}, Carried: true}, "root=UUID=1 rw console=ttyS0 splash a=1 a=2"},
 		{"delete nothing", Edit{Delete: Args{"zzz"}}, `error: deleting the kernel argument "zzz": there is none`},
 		{"delete the root", Edit{Delete: Args{"root"}}, `error: deleting the kernel argument "root": Particle boots by it`},
 		{"append a root", Edit{Append: Args{"root=/dev/sda"}}, `error: adding the kernel argument "root=/dev/sda": Particle sets it`},

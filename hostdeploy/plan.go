@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/particle-os/particle/converter"
+	"github.com/particle-os/particle/converter/store"
 	"github.com/particle-os/particle/converter/tree"
 	"github.com/particle-os/particle/hostdeploy/bootloader"
 	"github.com/particle-os/particle/hostdeploy/etcmerge"
@@ -125,7 +126,7 @@ func NewPlan(ctx context.Context, h *Host, req Request, stage bool) (*Plan, erro
 		return nil, err
 	}
 	if !present {
-		if err := p.files.checkRoom(h.Paths); err != nil {
+		if err := p.files.checkRoom(h.Paths, entries); err != nil {
 			return nil, err
 		}
 	}
@@ -145,9 +146,11 @@ func (p *Plan) readImage(ctx context.Context) error {
 	if p.image, err = converter.Find(st, p.req.Manifest); err != nil {
 		return err
 	}
-	if a := p.image.Arch; a != "" && a != architecture {
-		return fmt.Errorf("%w: it is for %s, this machine is %s", ErrArchitecture, a, architecture)
+	sys, kernel, files, err := lookInto(ctx, st, p.image, p.req.Kernel, p.req.Force)
+	if err != nil {
+		return err
 	}
+	p.files = files
 	bootable, ok := p.image.Images[converter.Bootable.String()]
 	if !ok {
 		return fmt.Errorf("deploying %s: %w: it has no composefs image to boot from; convert or pull it with --bootable", p.image.Manifest, ErrNoImage)
@@ -155,23 +158,8 @@ func (p *Plan) readImage(ctx context.Context) error {
 	if p.tree, err = converter.ReadImage(st, p.image, converter.Bootable); err != nil {
 		return err
 	}
-	merged, err := converter.ReadImage(st, p.image, converter.Merged)
-	if err != nil {
-		return err
-	}
-	sys, err := Find(merged, p.objects, architecture)
-	if err != nil {
-		return err
-	}
-	kernel, err := sys.Kernel(p.req.Kernel)
-	if err != nil {
-		return err
-	}
 	if has, err := hasModules(p.tree, kernel.Version); err == nil && !has && kernel.UKI == nil {
 		p.h.Warn("the image has no modules for kernel %s in /usr/lib/modules: only what is in the initramfs and the kernel will work", kernel.Version)
-	}
-	if p.files, err = newBootFiles(ctx, p.objects, kernel, p.req.Force); err != nil {
-		return err
 	}
 	p.Origin = Origin{
 		Reference: p.req.Reference, Manifest: p.image.Manifest.String(), BootDigest: p.files.hash,
@@ -180,6 +168,44 @@ func (p *Plan) readImage(ctx context.Context) error {
 	}
 	p.Title = strings.TrimSpace(sys.Name() + " " + p.Version)
 	p.KArgs.Image = sys.Args
+	return nil
+}
+
+// lookInto finds in an image of a store what it takes to boot it.
+func lookInto(ctx context.Context, st *store.Store, image *converter.Stored, version string, force bool) (*System, *Kernel, *bootFiles, error) {
+	if err := CheckArchitecture(image.Arch); err != nil {
+		return nil, nil, nil, err
+	}
+	merged, err := converter.ReadImage(st, image, converter.Merged)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	sys, err := Find(merged, st, architecture)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	kernel, err := sys.Kernel(version)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	files, err := newBootFiles(ctx, st, kernel, force)
+	return sys, kernel, files, err
+}
+
+// CheckImage looks for all that an image of a store must have to be deployed, for those
+// who have no host yet. version and force are Kernel and Force of a [Request]; errors are
+// those of NewPlan.
+func CheckImage(ctx context.Context, st *store.Store, image *converter.Stored, version string, force bool) error {
+	_, _, _, err := lookInto(ctx, st, image, version, force)
+	return err
+}
+
+// CheckArchitecture returns ErrArchitecture for images that this machine cannot boot; arch is
+// Go's name, "" where the image does not say.
+func CheckArchitecture(arch string) error {
+	if arch != "" && arch != architecture {
+		return fmt.Errorf("%w: it is for %s, this machine is %s", ErrArchitecture, arch, architecture)
+	}
 	return nil
 }
 
@@ -271,7 +297,7 @@ func (p *Plan) addSteps(stage, present bool) {
 	}
 	add("keep", 0, p.keep, "keep image %s in the store as %s", p.image.Manifest, tag(p.ID))
 	if !present {
-		add("kernel", p.files.size(), func(ctx context.Context) error { return p.files.write(ctx, p.objects, h.Paths) },
+		add("kernel", p.files.size(), p.writeKernel,
 			"copy kernel %s to %s", p.Kernel, filepath.Join(h.Paths.Boot, p.files.dir()))
 	}
 	switch {
@@ -284,6 +310,14 @@ func (p *Plan) addSteps(stage, present bool) {
 	add("etc", 0, p.writeEtc, "%s", p.etcText())
 	add("state", 0, p.writeState, "name the deployment's state %s", h.stateDir(p.ID))
 	add("entry", 0, p.addEntry, "add the boot entry for %q to %s, %s", p.Title, h.Loader.Name(), p.triesText())
+}
+
+func (p *Plan) writeKernel(ctx context.Context) error {
+	entries, err := p.h.Loader.Entries(p.h.Warn)
+	if err != nil {
+		return err
+	}
+	return p.files.write(ctx, p.objects, p.h.Paths, entries)
 }
 
 func (p *Plan) etcText() string {

@@ -13,8 +13,8 @@ import (
 
 // Rollback makes an earlier deployment the one that boots next. Which one is told by a
 // name as find takes it; "" means: the running one where another would boot next
-// (after a fall back, or a choice in the menu), else the one before it. What is staged
-// is forgotten. The caller has the lock.
+// (after a fall back, or a choice in the menu) and it has proved good, else the one before
+// it. What is staged is forgotten. The caller has the lock.
 //
 // The deployment's /etc is the one that it had when it last ran.
 func (h *Host) Rollback(name string) (*Deployment, error) {
@@ -29,7 +29,7 @@ func (h *Host) Rollback(name string) (*Deployment, error) {
 	switch running := booted(all); {
 	case name != "":
 		to, err = find(all, name)
-	case running != nil && !running.Default:
+	case running != nil && !running.Default && running.Tries == nil:
 		to = running
 	default:
 		if to = previous(all); to == nil {
@@ -50,11 +50,22 @@ func (h *Host) Rollback(name string) (*Deployment, error) {
 	if _, err := h.Unstage(); err != nil {
 		return nil, err
 	}
-	if i := slices.IndexFunc(all, func(d *Deployment) bool { return !d.Staged }); all[i] == to {
-		to.Default = true
-		return to, nil // what was staged is gone, this boots
+	var left []*Deployment // what nobody wants, as it seems
+	for _, d := range all {
+		if d != to && (d.Booted || d.Default) {
+			left = append(left, d)
+		}
 	}
-	return to, h.promote(to)
+	if i := slices.IndexFunc(all, func(d *Deployment) bool { return !d.Staged }); all[i] == to {
+		to.Default = true // what was staged is gone, this boots
+	} else if err := h.promote(to); err != nil {
+		return nil, err
+	}
+	for _, d := range left {
+		h.record(Event{What: eventLeft, ID: d.ID, Title: d.Title, Manifest: d.Manifest})
+	}
+	h.record(Event{What: "rolled back to", ID: to.ID, Title: to.Title, Manifest: to.Manifest})
+	return to, nil
 }
 
 // promote gives a deployment the highest generation: a new entry, then the old one goes.
@@ -79,7 +90,6 @@ func (h *Host) promote(d *Deployment) error {
 	if err := h.Loader.Remove(d.Entry.ID); err != nil && !errors.Is(err, bootloader.ErrNoEntry) {
 		return err
 	}
-	h.record(Event{What: "rolled back to", ID: d.ID, Title: d.Title})
 	d.Entry, d.Generation, d.Default = e, e.Generation, true
 	return nil
 }
@@ -148,8 +158,10 @@ func (h *Host) Good() (*Deployment, error) {
 		h.record(Event{What: eventBooted, ID: d.ID, Title: d.Title, Manifest: d.Manifest})
 		d.Tries, d.Failed, d.Entry.Counter = nil, false, nil
 	}
-	if err := os.Remove(h.trialFile(d.ID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
+	for _, name := range []string{h.trialFile(d.ID), h.path(installMark)} { // what runs is installed
+		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
 	}
 	return d, nil
 }

@@ -76,7 +76,7 @@ func (h *Host) Status(ctx context.Context) (*Status, error) {
 	}
 	// What has an entry that says so need not be in the history yet.
 	for _, d := range all {
-		if d.Failed && !slices.ContainsFunc(s.Failures, func(e Event) bool { return e.Manifest == d.Manifest }) {
+		if d.Failed && !d.Booted && !slices.ContainsFunc(s.Failures, func(e Event) bool { return e.Manifest == d.Manifest }) {
 			s.Failures = append(s.Failures, Event{What: eventFailed, ID: d.ID, Title: d.Title, Manifest: d.Manifest})
 		}
 	}
