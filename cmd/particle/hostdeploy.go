@@ -128,6 +128,11 @@ func parseImage(image string) (ref registry.Ref, name bool, err error) {
 	return ref, name, err
 }
 
+// noImage is the error for what is neither a name in the store nor a reference.
+func noImage(err error) error {
+	return usageError{fmt.Errorf("the store has no image of that name: %w", err)}
+}
+
 // fetch brings an image into a store and returns the digest of its manifest and the
 // reference that updates come from, "" for a name in the store. A registry is asked
 // although the store has an image of its name, which may be an old one.
@@ -144,7 +149,7 @@ func fetch(ctx context.Context, t *term, c *cli.Context, st *store.Store, image 
 		}
 	}
 	if perr != nil {
-		return "", "", usageError{fmt.Errorf("the store has no image of that name: %w", perr)}
+		return "", "", noImage(perr)
 	}
 	if name {
 		t.infof("the store has no image %q: asking for %s", image, ref)

@@ -47,21 +47,12 @@ func change(t *term, c *cli.Context) (h *hostdeploy.Host, all []*hostdeploy.Depl
 	return h, all, unlock, nil
 }
 
-// base returns the deployment whose /etc and arguments a new one carries on.
-func base(h *hostdeploy.Host, all []*hostdeploy.Deployment) (*hostdeploy.Deployment, error) {
-	for _, d := range all {
-		if d.Booted {
-			return d, nil
-		}
+// next returns what boots next; where nothing does, one that is like nothing.
+func next(all []*hostdeploy.Deployment) *hostdeploy.Deployment {
+	if len(all) == 0 {
+		return &hostdeploy.Deployment{}
 	}
-	// Not running from any: a disk that is looked after from outside. What boots next
-	// is the one to go on from.
-	for _, d := range all {
-		if !d.Staged {
-			return d, nil
-		}
-	}
-	return nil, fmt.Errorf("%w: the host has no deployment with a boot entry", hostdeploy.ErrNoDeployment)
+	return all[0]
 }
 
 // succeed runs f, which makes a new deployment, on the locked host. from is what the new one
@@ -72,7 +63,7 @@ func succeed(t *term, c *cli.Context, f func(h *hostdeploy.Host, all []*hostdepl
 		return err
 	}
 	defer unlock()
-	from, err := base(h, all)
+	from, err := h.Base(all)
 	if err != nil {
 		return err
 	}
@@ -94,7 +85,7 @@ func runSwitch(t *term, c *cli.Context, image string) error {
 	if err != nil {
 		return err
 	}
-	if _, err := base(h, all); err != nil {
+	if _, err := h.Base(all); err != nil {
 		return err
 	}
 	p := &phases{t: t}
@@ -112,8 +103,9 @@ func newUpgradeCommand(t *term) *cli.Command {
 	return &cli.Command{
 		Name:  "upgrade",
 		Usage: "deploy the newest version of the running image",
-		Description: "An image that used up its tries on this host is not deployed again without --force.\n" +
-			"What is staged keeps its other changes, as those of the kernel arguments.",
+		Description: "An image that used up its tries on this host, or was rolled back from, is not deployed\n" +
+			"again without --force. What is staged keeps its other changes, as those of the kernel\n" +
+			"arguments.",
 		Flags: append(append(deployFlags(), bootFlags()...),
 			&cli.BoolFlag{Name: "check", Usage: "only look whether there is one: status 0 if so, 3 if not"}),
 		Action: func(c *cli.Context) error {
@@ -150,16 +142,23 @@ func runUpgrade(t *term, c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		req := hostdeploy.Request{Base: from.ID}
-		if all[0].Staged {
+		req := hostdeploy.Request{Manifest: from.Manifest, Base: from.ID, Kernel: from.Kernel}
+		if next(all).Staged {
 			if req, err = h.StagedRequest(); err != nil {
 				return err
 			}
 		}
+		if req.Manifest != manifest {
+			// What was said of the one image does not hold for the other.
+			req.Kernel, req.Force = "", false
+			for i := range req.Edits {
+				req.Edits[i].Carried = true
+			}
+		}
 		req.Manifest, req.Reference = manifest, reference
 		return deploy(t, c, h, req, p, func(plan *hostdeploy.Plan) string {
-			if plan.Same(all[0]) {
-				if all[0].Staged && c.Bool("now") || !all[0].Booted && c.Bool("soft-reboot") {
+			if plan.Same(next(all)) {
+				if next(all).Staged && c.Bool("now") || !next(all).Booted && c.Bool("soft-reboot") {
 					return "" // it is to be more than it is
 				}
 				return "no update: " + reference + " is what boots next"
@@ -173,27 +172,46 @@ func runUpgrade(t *term, c *cli.Context) error {
 // it is no update, "" where it is one.
 func noUpdateReason(c *cli.Context, h *hostdeploy.Host, all []*hostdeploy.Deployment, from *hostdeploy.Deployment, reference string) (func(manifest string) string, error) {
 	failures, err := h.Failures()
+	if err != nil {
+		return nil, err
+	}
+	left, err := h.Left()
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range all {
+		if d.Failed && !d.Booted { // it need not be in the history yet
+			failures = append(failures, hostdeploy.Event{Manifest: d.Manifest})
+		}
+	}
+	first := next(all)
+	waits := from.Booted && first.Entry != nil && !first.Booted
 	return func(manifest string) string {
+		of := func(e hostdeploy.Event) bool { return e.Manifest == manifest }
 		switch {
-		case from.Booted && !all[0].Booted && !all[0].Staged && manifest == from.Manifest:
-			// Somebody has rolled back, and this is what they leave.
-			return "no update: " + reference + " is what runs; " + all[0].Name() + " boots next"
-		case !c.Bool("force") && slices.ContainsFunc(failures, func(e hostdeploy.Event) bool { return e.Manifest == manifest }):
+		case waits && manifest == from.Manifest:
+			return "no update: " + reference + " is what runs; " + first.Name() + " boots next"
+		case c.Bool("force"):
+		case waits && first.Tries == nil && first.Created.Before(from.Created):
+			return "no update: a rollback to " + first.Name() + " waits for its restart; --force deploys " + reference + " instead"
+		case slices.ContainsFunc(failures, of):
 			return "no update: " + reference + " is the image that used up its tries here; --force deploys it again"
+		case slices.ContainsFunc(left, of):
+			return "no update: " + reference + " is the image that was rolled back from; --force deploys it again"
 		}
 		return ""
-	}, err
+	}, nil
 }
 
 // updatesFrom returns the reference that updates come from: that of the running
 // deployment, or of what is staged, which may come from a switch.
 func updatesFrom(h *hostdeploy.Host, all []*hostdeploy.Deployment) (string, error) {
-	from, err := base(h, all)
+	from, err := h.Base(all)
 	if err != nil {
 		return "", err
 	}
-	if all[0].Staged {
-		from = all[0]
+	if next(all).Staged {
+		from = next(all)
 	}
 	if from.Reference == "" {
 		return "", fmt.Errorf("upgrading: the running image came from no place that has updates; particle hostdeploy switch IMAGE names one")
@@ -203,7 +221,7 @@ func updatesFrom(h *hostdeploy.Host, all []*hostdeploy.Deployment) (string, erro
 
 // checkUpgrade tells whether an upgrade to the manifest at the reference would deploy it.
 func checkUpgrade(t *term, c *cli.Context, h *hostdeploy.Host, all []*hostdeploy.Deployment, reference string) error {
-	from, err := base(h, all)
+	from, err := h.Base(all)
 	if err != nil {
 		return err
 	}
@@ -234,7 +252,7 @@ func checkUpgrade(t *term, c *cli.Context, h *hostdeploy.Host, all []*hostdeploy
 		Update    bool   `json:"update"`
 	}{Reference: reference, Manifest: sha256Of(raw).String()}
 	why := noUpdate(res.Manifest)
-	if res.Manifest == all[0].Manifest {
+	if res.Manifest == next(all).Manifest {
 		why = "no update: " + reference + " is what boots next"
 	}
 	res.Update = why == ""
@@ -320,7 +338,7 @@ func runKargs(t *term, c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		d, err := base(h, all)
+		d, err := h.Base(all)
 		if err != nil {
 			return err
 		}
@@ -331,8 +349,8 @@ func runKargs(t *term, c *cli.Context) error {
 		return nil
 	}
 	return succeed(t, c, func(h *hostdeploy.Host, all []*hostdeploy.Deployment, from *hostdeploy.Deployment) error {
-		req := hostdeploy.Request{Manifest: from.Manifest, Reference: from.Reference, Base: from.ID}
-		if all[0].Staged {
+		req := hostdeploy.Request{Manifest: from.Manifest, Reference: from.Reference, Base: from.ID, Kernel: from.Kernel}
+		if next(all).Staged {
 			// What is staged is staged again, with its changes and this one.
 			var err error
 			if req, err = h.StagedRequest(); err != nil {
@@ -360,14 +378,15 @@ func newResetCommand(t *term) *cli.Command {
 		Name:  "reset",
 		Usage: "factory reset: deploy the running image with /etc and /var as in the image",
 		Description: "The machine's kernel arguments and its lines of /etc/fstab stay; those of the user go.\n" +
-			"The present deployment stays, too, with its /var, and can be rolled back to.",
+			"The present deployment stays, too, with its /var, and can be rolled back to, until gc\n" +
+			"removes it: that erases this /var.",
 		Flags: append(deployFlags(), bootFlags()...),
 		Action: func(c *cli.Context) error {
 			if err := noArgs(c); err != nil {
 				return err
 			}
 			return succeed(t, c, func(h *hostdeploy.Host, _ []*hostdeploy.Deployment, from *hostdeploy.Deployment) error {
-				req := hostdeploy.Request{Manifest: from.Manifest, Reference: from.Reference, Base: from.ID, FreshEtc: true, FreshVar: true, NoUserArgs: true}
+				req := hostdeploy.Request{Manifest: from.Manifest, Reference: from.Reference, Base: from.ID, Kernel: from.Kernel, FreshEtc: true, FreshVar: true, NoUserArgs: true}
 				return deploy(t, c, h, req, &phases{t: t}, nil)
 			})
 		},

@@ -16,6 +16,8 @@ import (
 	"github.com/particle-os/particle/hostdeploy"
 	"github.com/particle-os/particle/hostdeploy/bootloader"
 	"github.com/particle-os/particle/hostdeploy/disk"
+	podmanext "github.com/particle-os/particle/podman-ext"
+	"github.com/particle-os/particle/registry"
 )
 
 func newInstallCommand(t *term) *cli.Command {
@@ -111,18 +113,64 @@ func newHost(t *term, c *cli.Context, p *phases) *hostdeploy.NewHost {
 	return n
 }
 
+// imageHere finds an image in this machine's store, nil where it is not there.
+func imageHere(t *term, c *cli.Context, image string) (*store.Store, *converter.Stored, error) {
+	st, err := readStore(t, c)
+	if err == nil {
+		var s *converter.Stored
+		if s, err = converter.Find(st, image); err == nil {
+			return st, s, nil
+		}
+	}
+	if errors.Is(err, converter.ErrNotFound) || errors.Is(err, store.ErrNotStore) {
+		err = nil
+	}
+	return nil, nil, err
+}
+
+// checkImage refuses an image that is not there, or that this machine's store knows to be
+// none to boot, before a disk is erased for it.
+func checkImage(t *term, c *cli.Context) error {
+	image := c.String("image")
+	st, s, err := imageHere(t, c, image)
+	if err != nil {
+		return err
+	}
+	if s != nil {
+		return hostdeploy.CheckImage(c.Context, st, s, c.String("kernel"), c.Bool("force"))
+	}
+	ref, _, err := parseImage(image)
+	if err != nil {
+		return noImage(err)
+	}
+	if ref.Transport == registry.ContainersStorage {
+		// Opened as others are, podman would write all of it to a directory.
+		if _, err = podmanext.FindLocal(c.Context, ref.Name); errors.Is(err, podmanext.ErrNoImage) || errors.Is(err, podmanext.ErrNoPodman) {
+			return err
+		}
+		return nil
+	}
+	o, err := registryOptions(c)
+	if err != nil {
+		return err
+	}
+	img, err := registry.Open(c.Context, ref, o)
+	if err != nil {
+		return err
+	}
+	return img.Close()
+}
+
 // fill brings the image into the new host's store: from this machine's, or from where its
 // reference leads.
 func fill(t *term, c *cli.Context, n *hostdeploy.NewHost, p *phases) hostdeploy.Fill {
 	return func(ctx context.Context, to *store.Store) (manifest string, err error) {
 		image, reference := c.String("image"), ""
-		from, err := readStore(t, c)
-		var s *converter.Stored
-		if err == nil {
-			s, err = converter.Find(from, image)
+		from, s, err := imageHere(t, c, image)
+		if err != nil {
+			return "", err
 		}
-		switch {
-		case err == nil:
+		if s != nil {
 			if _, err = converter.Copy(ctx, from, s, to, converter.Options{Name: image}); err != nil {
 				return "", err
 			}
@@ -130,11 +178,7 @@ func fill(t *term, c *cli.Context, n *hostdeploy.NewHost, p *phases) hostdeploy.
 			if ref, name, err := parseImage(image); err == nil && !name {
 				reference = ref.String()
 			}
-		case errors.Is(err, converter.ErrNotFound) || errors.Is(err, store.ErrNotStore):
-			if manifest, reference, err = fetch(ctx, t, c, to, image, p); err != nil {
-				return "", err
-			}
-		default:
+		} else if manifest, reference, err = fetch(ctx, t, c, to, image, p); err != nil {
 			return "", err
 		}
 		if n.Reference = c.String("target-imgref"); n.Reference == "" && strings.HasPrefix(reference, "docker://") {
@@ -183,6 +227,9 @@ func installToDisk(t *term, c *cli.Context, path string) error {
 	}
 	if c.Bool("dry-run") {
 		return planDisk(t, c, path, loader, o)
+	}
+	if err := checkImage(t, c); err != nil {
+		return err
 	}
 	// Whatever happens to this process, no mount of it stays.
 	if err := disk.Isolate(); err != nil {
