@@ -165,6 +165,20 @@ func fetch(ctx context.Context, t *term, c *cli.Context, st *store.Store, image 
 		}
 	}
 	start := time.Now()
+	options := converter.Options{Name: nameOfRef(ref), Bootable: true, Warn: t.warnf}
+	if ref.Transport == registry.ContainersStorage {
+		// What is booted shares no file with podman.
+		open := func() (*store.Store, error) { return st, nil }
+		res, err := fromPodman(ctx, t, open, ref.Name, false, options)
+		if err != nil {
+			return "", "", err
+		}
+		if res != nil {
+			p.add("pull", start, res.NewBytes)
+			return res.Manifest.String(), ref.String(), nil
+		}
+		start = time.Now()
+	}
 	img, err := registry.Open(ctx, ref, o)
 	if err != nil {
 		if s, ferr := converter.Find(st, nameOfRef(ref)); ferr == nil {
@@ -177,9 +191,8 @@ func fetch(ctx context.Context, t *term, c *cli.Context, st *store.Store, image 
 	start = time.Now()
 	progress := t.newProgress()
 	defer progress.stop()
-	res, err := converter.Convert(ctx, img, st, converter.Options{
-		Name: nameOfRef(ref), Bootable: true, Progress: progress, Warn: t.warnf,
-	})
+	options.Progress = progress
+	res, err := converter.Convert(ctx, img, st, options)
 	if err != nil {
 		return "", "", err
 	}

@@ -152,13 +152,9 @@ func convertSource(ctx context.Context, t *term, c *cli.Context, source, name st
 		return nil, err
 	}
 	if ref.Transport == registry.ContainersStorage && !o.KeepBlobs {
-		res, err := convertLocal(ctx, t, c, ref.Name, o)
-		// A file that was changed in podman's storage, or a sparse one: podman says more.
-		if !errors.Is(err, podmanext.ErrUnreadable) && !errors.Is(err, layer.ErrDiffID) {
+		open := func() (*store.Store, error) { return openStore(t, c) }
+		if res, err := fromPodman(ctx, t, open, ref.Name, true, o); res != nil || err != nil {
 			return res, err
-		}
-		if !errors.Is(err, podmanext.ErrNoImage) {
-			t.infof("podman writes the image to a directory first: %v", err)
 		}
 	}
 	img, err := registry.Open(ctx, ref, ro)
@@ -176,22 +172,32 @@ func convertSource(ctx context.Context, t *term, c *cli.Context, source, name st
 	return converter.Convert(ctx, img, st, o)
 }
 
-// convertLocal brings an image of podman's storage into the store straight from
-// podman's files.
-func convertLocal(ctx context.Context, t *term, c *cli.Context, name string, o converter.Options) (*converter.Result, error) {
+// fromPodman brings an image of podman's storage into a store straight from podman's
+// files. It returns nil where only podman can read it. With link, files may be shared with
+// podman's.
+func fromPodman(ctx context.Context, t *term, open func() (*store.Store, error), name string, link bool, o converter.Options) (*converter.Result, error) {
 	img, err := podmanext.FindLocal(ctx, name)
-	if err != nil {
-		return nil, err
+	var res *converter.Result
+	if err == nil {
+		img.Link = link
+		var st *store.Store
+		if st, err = open(); err != nil {
+			return nil, err
+		}
+		p := t.newProgress()
+		o.Progress = p
+		res, err = converter.Convert(ctx, img, st, o)
+		p.stop()
 	}
-	img.Link = true
-	st, err := openStore(t, c)
-	if err != nil {
-		return nil, err
+	switch {
+	case errors.Is(err, podmanext.ErrNoImage):
+		return nil, nil // podman says what to do
+	case errors.Is(err, podmanext.ErrUnreadable) || errors.Is(err, layer.ErrDiffID):
+		// A file that was changed in podman's storage, or a sparse one.
+		t.infof("podman writes the image to a directory first: %v", err)
+		return nil, nil
 	}
-	p := t.newProgress()
-	defer p.stop()
-	o.Progress = p
-	return converter.Convert(ctx, img, st, o)
+	return res, err
 }
 
 // isReference reports whether a source is named by a transport rather than a path.
