@@ -119,6 +119,14 @@ func (p *preparation) removeFiles(what, why string, files []entry) error {
 
 // below lists all that is below a directory and not behind a mount.
 func (p *preparation) below(ctx context.Context, dir string) ([]entry, error) {
+	if behind, err := p.behindMount(dir); behind || err != nil {
+		return nil, err
+	}
+	return p.walk(ctx, dir)
+}
+
+// walk is below for a directory that is not behind a mount itself.
+func (p *preparation) walk(ctx context.Context, dir string) ([]entry, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -130,7 +138,7 @@ func (p *preparation) below(ctx context.Context, dir string) ([]entry, error) {
 	for _, en := range entries {
 		all = append(all, en)
 		if en.IsDir() && !en.mount {
-			more, err := p.below(ctx, en.path)
+			more, err := p.walk(ctx, en.path)
 			if err != nil {
 				return nil, err
 			}
@@ -141,10 +149,13 @@ func (p *preparation) below(ctx context.Context, dir string) ([]entry, error) {
 }
 
 // emptyDir removes what is in a directory but for what is mounted there and /run/lock,
-// which programs expect in containers, too.
+// which programs expect in containers, too. A directory that is a mount is not the tree's.
 func (p *preparation) emptyDir(dir string) error {
 	fi, err := p.lstat(dir)
 	if err != nil || fi == nil || !fi.IsDir() {
+		return err
+	}
+	if behind, err := p.behindMount(dir); behind || err != nil {
 		return err
 	}
 	entries, err := p.list(dir)

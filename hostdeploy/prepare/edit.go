@@ -128,6 +128,20 @@ func (e *editor) mounted(name string) (bool, error) {
 	return isMount(f, path.Base(name))
 }
 
+// behindMount reports whether something is mounted on a path or above it.
+func (e *editor) behindMount(name string) (bool, error) {
+	for ; name != "."; name = path.Dir(name) {
+		mounted, err := e.mounted(name)
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
+			continue
+		}
+		if mounted || err != nil {
+			return mounted, err
+		}
+	}
+	return false, nil
+}
+
 // makeDir makes a directory, and those above it, where there is none. A link stays,
 // wherever it leads.
 func (e *editor) makeDir(name string, mode fs.FileMode) error {
