@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -152,6 +153,8 @@ func (p *preparation) collect(ctx context.Context, v *variableTree, dir string, 
 			l.kind = "f"
 			if en.Size() > 0 {
 				l.kind, l.argument = "C", "/"+path.Join(factory, en.path)
+				// systemd, up to 257 at least, takes these of a C line for what is there, too.
+				l.mode, l.user, l.group = "", notCopied(l.user, en.stat.Uid), notCopied(l.group, en.stat.Gid)
 			}
 		default:
 			v.odd = append(v.odd, name)
@@ -177,6 +180,16 @@ func (p *preparation) collect(ctx context.Context, v *variableTree, dir string, 
 		}
 	}
 	return nil
+}
+
+// notCopied returns the name of an owner, "" for one that the copy of a file has anyway:
+// root, the numbers that are the same on each Debian (Debian Policy, 9.2.2), and those
+// without a name.
+func notCopied(name string, id uint32) string {
+	if name == "root" || id < 100 || name == strconv.FormatUint(uint64(id), 10) {
+		return ""
+	}
+	return name
 }
 
 // seed has a directory copied as a whole. It reports false for one without anything in
