@@ -113,3 +113,25 @@ func TestBoots(t *testing.T) {
 		}
 	}
 }
+
+// TestSeeded: what an administrator removes from what is copied as a whole does not come
+// back.
+func TestSeeded(t *testing.T) {
+	tree := small(t)
+	plant(t, tree, "var/www/html/index.html=it works\n")
+	mustRun(t, tree)
+	root := machine(t, tree)
+	page, key := filepath.Join(root, "var/www/html/index.html"), filepath.Join(root, "var/roothome/.ssh/authorized_keys")
+	bootMachine(t, root)
+	for _, name := range []string{page, key} {
+		if err := os.Remove(name); err != nil {
+			t.Error(err)
+		}
+	}
+	bootMachine(t, root)
+	for _, name := range []string{page, key} {
+		if _, err := os.Lstat(name); err == nil {
+			t.Errorf("%s has come back", name)
+		}
+	}
+}

@@ -22,7 +22,7 @@ const (
 
 // seeded are the directories that are copied as a whole where the machine's is missing
 // or empty: what somebody removes from them does not come back with the next boot.
-var seeded = []string{"var/home", "var/roothome", "var/srv"}
+var seeded = []string{"var/home", "var/roothome", "var/srv", "var/www"}
 
 // buildState is what only maintainer scripts and apt read, which run in builds, or what
 // the machine makes anew by itself.
