@@ -88,6 +88,11 @@ func (p *preparation) variable(ctx context.Context) error {
 func (p *preparation) declared() (map[string]bool, error) {
 	paths := map[string]bool{}
 	for _, dir := range []string{"etc/tmpfiles.d", "usr/local/lib/tmpfiles.d", "usr/lib/tmpfiles.d"} {
+		// /usr/local may be a link, of the author's own.
+		dir, err := p.resolve(dir)
+		if err != nil {
+			return nil, err
+		}
 		entries, err := p.list(dir)
 		if err != nil {
 			return nil, err
