@@ -131,6 +131,12 @@ func (p *preparation) build(ctx context.Context, version string, hook bool, comm
 	if err != nil {
 		return err
 	}
+	// What is in a mount cannot be renamed out of it.
+	if behind, err := p.behindMount(scratch); err != nil {
+		return err
+	} else if behind {
+		scratch = path.Dir(name)
+	}
 	dirs, err := p.remember("tmp", scratch)
 	if err != nil {
 		return err

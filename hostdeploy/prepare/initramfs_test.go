@@ -64,3 +64,15 @@ func TestLinkedTmp(t *testing.T) {
 	mustRun(t, root)
 	wantInitramfs(t, root, "data/tmp")
 }
+
+// TestMountedTmp makes one where the build has mounted something on /var/tmp.
+func TestMountedTmp(t *testing.T) {
+	root := small(t)
+	withMkinitramfs(t, root)
+	mountTmpfs(t, root, "var/tmp")
+	mustRun(t, root)
+	wantInitramfs(t, root, "var/tmp")
+	if again := mustRun(t, root); len(again.Changes) != 0 {
+		t.Errorf("a second run changes what is right:\n%s", lines(again))
+	}
+}
