@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/particle-os/particle/hostdeploy/prepare"
 )
 
 // A unit is a file of systemd's: the values of each "Section.Key", in order.
@@ -154,13 +156,24 @@ func TestWants(t *testing.T) {
 	}
 }
 
-// TestUnitsVerify has systemd judge the units, in a root with its own ones.
+// sshUnits are those of openssh-server that a prepared tree adds to, as Debian 13 has
+// them. ssh.socket is enabled: it then comes before all services of a usual boot.
+var sshUnits = map[string]string{
+	"ssh.service":   "[Unit]\nAfter=network.target\n[Service]\nType=notify\nExecStart=/usr/sbin/sshd -D\n[Install]\nWantedBy=multi-user.target\n",
+	"ssh.socket":    "[Unit]\nBefore=sockets.target\n[Socket]\nListenStream=22\nAccept=no\n[Install]\nWantedBy=sockets.target\n",
+	"sshd@.service": "[Service]\nExecStart=-/usr/sbin/sshd -i\nStandardInput=socket\n",
+}
+
+// TestUnitsVerify has systemd judge the package's units and those that a prepared tree
+// gets, in a root with its own ones.
 func TestUnitsVerify(t *testing.T) {
 	need(t, true, map[string]string{"systemd-analyze": "systemd"})
 	root := t.TempDir()
 	dst := filepath.Join(root, "usr/lib/systemd/system")
-	if err := os.MkdirAll(dst, 0o755); err != nil {
-		t.Fatal(err)
+	for _, dir := range []string{dst, filepath.Join(root, "var/lib/dpkg")} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
 	}
 	theirs := "/usr/lib/systemd/system"
 	if _, err := os.Stat(theirs + "/boot-complete.target"); err != nil {
@@ -169,7 +182,26 @@ func TestUnitsVerify(t *testing.T) {
 	// systemd's targets and their parts, not what else this machine has installed.
 	command(t, "", nil, "sh", "-c", `cd "$1" && cp -a *.target systemd-*.service systemd-*.socket sysinit.target.wants emergency.service rescue.service modprobe@.service "$2" 2>/dev/null || true`, "sh", theirs, dst)
 	command(t, "", nil, "sh", "-c", `cp -a systemd/. "$1"`, "sh", dst)
-	for _, program := range []string{"usr/bin/particle", "usr/bin/sleep", "usr/bin/flock", "bin/true", "bin/mount", "bin/umount", "bin/sh"} {
+	write := func(name, content string) {
+		if err := os.WriteFile(filepath.Join(root, name), []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("var/lib/dpkg/status", "")
+	if _, err := prepare.Run(t.Context(), prepare.Options{Root: root, NoInitramfs: true}); err != nil {
+		t.Fatal(err)
+	}
+	for name, content := range sshUnits {
+		write("usr/lib/systemd/system/"+name, content)
+	}
+	wants := filepath.Join(dst, "sockets.target.wants")
+	if err := os.MkdirAll(wants, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("../ssh.socket", filepath.Join(wants, "ssh.socket")); err != nil {
+		t.Fatal(err)
+	}
+	for _, program := range []string{"usr/sbin/sshd", "usr/bin/ssh-keygen", "usr/bin/find", "usr/bin/particle", "usr/bin/sleep", "usr/bin/flock", "bin/true", "bin/mount", "bin/umount", "bin/sh"} {
 		name := filepath.Join(root, program)
 		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 			t.Fatal(err)
@@ -187,6 +219,7 @@ func TestUnitsVerify(t *testing.T) {
 		name := strings.Replace(filepath.Base(u), "@.", "@usr-local.", 1)
 		argv = append(argv, name)
 	}
+	argv = append(argv, "particle-ssh-keys.service", "particle-build-stubs.service", "ssh.service", "ssh.socket", "sshd@1.service")
 	argv = append(argv, "multi-user.target", "emergency.target", "factory-reset.target", "reboot.target")
 	out, err := exec.Command("systemd-analyze", argv...).CombinedOutput()
 	var ours []string

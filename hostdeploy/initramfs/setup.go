@@ -206,20 +206,28 @@ func (s *setup) writable() error {
 	return nil
 }
 
-// choose returns the first image that the store has.
+// choose returns the first image that the store has. One that cannot be looked up is noted
+// and does not keep the next from booting.
 func (s *setup) choose(st *store.Store) (Image, error) {
 	var tried []string
+	var bad error
 	for _, img := range s.args.Images {
-		_, err := st.ImageDigest(img.Digest.String())
+		digest := img.Digest.String()
+		_, err := st.ImageDigest(digest)
 		if err == nil {
 			return img, nil
 		}
 		if !errors.Is(err, store.ErrNotFound) {
-			return Image{}, fmt.Errorf("looking for image %s: %w", img.Digest, err)
+			s.warn("looking for image %s: %v", digest, err)
+			bad = errors.Join(bad, err)
 		}
-		tried = append(tried, img.Digest.String())
+		tried = append(tried, digest)
 	}
-	return Image{}, fmt.Errorf("%w: %s\nchoose another entry in the boot menu; \"particle hostdeploy switch\" deploys the image again", ErrImage, strings.Join(tried, ", "))
+	err := fmt.Errorf("%w: %s", ErrImage, strings.Join(tried, ", "))
+	if bad != nil {
+		return Image{}, fmt.Errorf("%w\n%w\nchoose another entry in the boot menu, and run \"particle store fsck\" there", err, bad)
+	}
+	return Image{}, fmt.Errorf("%w\nchoose another entry in the boot menu; \"particle hostdeploy switch\" deploys the image again", err)
 }
 
 // mountImage mounts the image, detached.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/particle-os/particle/converter/fsverity"
 	"github.com/particle-os/particle/converter/mount"
+	"github.com/particle-os/particle/converter/store"
 )
 
 // hasVerity reports whether the tests' directory can have fs-verity: then a store made
@@ -199,6 +200,31 @@ func TestChoice(t *testing.T) {
 	b = d.mounted(t)
 	if _, err := b.setup(t, insecure(other)); !errors.Is(err, ErrImage) || !strings.Contains(err.Error(), other.String()) {
 		t.Errorf("got %v, want ErrImage with the digest", err)
+	}
+}
+
+// TestDamagedLink: the link of an image that is no link of a store's does not keep the next
+// image from booting, and is told of in any case.
+func TestDamagedLink(t *testing.T) {
+	d := newDisk(t)
+	image := d.deploy(t, bootable(nil))
+	bad := fsverity.Sum(fsverity.SHA256, []byte("bad"))
+	if err := os.Symlink("../elsewhere", d.path(storeDir+"/images/"+bad.String())); err != nil {
+		t.Fatal(err)
+	}
+	b := d.mounted(t)
+	r, err := b.setup(t, insecure(bad)+" composefs=?"+image.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Digest != image || !strings.Contains(strings.Join(r.Warnings, "\n"), bad.String()) {
+		t.Errorf("got %+v, want image %s and a warning of %s", r, image, bad)
+	}
+
+	b = d.mounted(t)
+	_, err = b.setup(t, insecure(bad))
+	if !errors.Is(err, ErrImage) || !errors.Is(err, store.ErrCorrupt) || !strings.Contains(err.Error(), "../elsewhere") {
+		t.Errorf("got %v, want ErrImage and ErrCorrupt with the link", err)
 	}
 }
 

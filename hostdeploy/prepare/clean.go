@@ -37,9 +37,19 @@ var junk = []struct{ pattern, why string }{
 // oldSuffixes end the names of files in /etc that dpkg and ucf have put aside.
 var oldSuffixes = []string{".dpkg-old", ".dpkg-bak", ".ucf-old"}
 
-// shared are private keys that packages make when they are configured. Something may
-// need them, so they are only reported.
-var shared = []string{"etc/ssl/private/ssl-cert-snakeoil.key"}
+// shared are keys and ids that packages make when they are configured, and nothing makes
+// anew on a machine. Something may need them, so they are only reported.
+var shared = []struct{ pattern, what string }{
+	{"etc/dropbear/dropbear_*_host_key", "a private key"},
+	{"etc/dropbear/initramfs/dropbear_*_host_key", "a private key"},
+	{"etc/nvme/hostid", "an id"},
+	{"etc/nvme/hostnqn", "an id"},
+	{"etc/ssl/private/ssl-cert-snakeoil.key", "a private key"},
+}
+
+// madeCaches are what is in /var/cache and no cache: only packages' scripts make it, debconf's
+// answers and the dictionary by which pam_cracklib and pam_pwquality judge passwords.
+var madeCaches = []string{"var/cache/cracklib", "var/cache/debconf"}
 
 // clean removes what belongs to one machine, or to the build.
 func (p *preparation) clean(ctx context.Context) error {
@@ -62,14 +72,12 @@ func (p *preparation) clean(ctx context.Context) error {
 		return err
 	}
 
-	// debconf's answers are not a cache, whatever their directory is called: later steps
-	// of a build need them.
 	for _, c := range []struct {
 		dir, why string
 		keep     func(entry) bool
 	}{
 		{"var/cache", "caches", func(en entry) bool {
-			return en.mount || path.Dir(en.path) == "var/cache/debconf" || en.IsDir()
+			return en.mount || slices.Contains(madeCaches, path.Dir(en.path)) || en.IsDir()
 		}},
 		// Empty logs are there for their owner and their mode.
 		{"var/log", "logs of the build", func(en entry) bool { return !en.Mode().IsRegular() || en.Size() == 0 }},
@@ -88,11 +96,15 @@ func (p *preparation) clean(ctx context.Context) error {
 			return err
 		}
 	}
-	for _, name := range shared {
-		if fi, err := p.lstat(name); err != nil {
+	for _, s := range shared {
+		found, err := p.glob(s.pattern)
+		if err != nil {
 			return err
-		} else if fi != nil {
-			p.warnf("a private key that all machines will share: /%s", name)
+		}
+		for _, en := range found {
+			if !en.mount && en.Size() > 0 {
+				p.warnf("%s that all machines will share: /%s", s.what, en.path)
+			}
 		}
 	}
 	return nil
@@ -119,6 +131,14 @@ func (p *preparation) removeFiles(what, why string, files []entry) error {
 
 // below lists all that is below a directory and not behind a mount.
 func (p *preparation) below(ctx context.Context, dir string) ([]entry, error) {
+	if behind, err := p.behindMount(dir); behind || err != nil {
+		return nil, err
+	}
+	return p.walk(ctx, dir)
+}
+
+// walk is below for a directory that is not behind a mount itself.
+func (p *preparation) walk(ctx context.Context, dir string) ([]entry, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -130,7 +150,7 @@ func (p *preparation) below(ctx context.Context, dir string) ([]entry, error) {
 	for _, en := range entries {
 		all = append(all, en)
 		if en.IsDir() && !en.mount {
-			more, err := p.below(ctx, en.path)
+			more, err := p.walk(ctx, en.path)
 			if err != nil {
 				return nil, err
 			}
@@ -141,10 +161,13 @@ func (p *preparation) below(ctx context.Context, dir string) ([]entry, error) {
 }
 
 // emptyDir removes what is in a directory but for what is mounted there and /run/lock,
-// which programs expect in containers, too.
+// which programs expect in containers, too. A directory that is a mount is not the tree's.
 func (p *preparation) emptyDir(dir string) error {
 	fi, err := p.lstat(dir)
 	if err != nil || fi == nil || !fi.IsDir() {
+		return err
+	}
+	if behind, err := p.behindMount(dir); behind || err != nil {
 		return err
 	}
 	entries, err := p.list(dir)

@@ -61,6 +61,42 @@ func (e *editor) exists(name string) (bool, error) {
 	return err == nil, err
 }
 
+// resolve follows the links of a path as a program in the tree would: absolute targets
+// begin at the tree's root, whereas [os.Root] refuses them. What is not there is kept.
+func (e *editor) resolve(name string) (string, error) {
+	const most = 40 // links, as in path_resolution(7)
+	at, rest := "/", name
+	for links := 0; rest != ""; {
+		var first string
+		first, rest, _ = strings.Cut(rest, "/")
+		next := path.Join(at, first)
+		if next == "/" {
+			at = next
+			continue
+		}
+		fi, err := e.lstat(next[1:])
+		if err != nil {
+			return "", err
+		}
+		if fi == nil || fi.Mode().Type() != fs.ModeSymlink {
+			at = next
+			continue
+		}
+		if links++; links > most {
+			return "", fmt.Errorf("following the links of /%s: %w", name, syscall.ELOOP)
+		}
+		target, err := e.root.Readlink(next[1:])
+		if err != nil {
+			return "", err
+		}
+		if path.IsAbs(target) {
+			at = "/"
+		}
+		rest = target + "/" + rest
+	}
+	return path.Clean("." + at), nil
+}
+
 // read returns nil for a file that is not there.
 func (e *editor) read(name string) ([]byte, error) {
 	data, err := e.root.ReadFile(name)
@@ -126,6 +162,24 @@ func (e *editor) mounted(name string) (bool, error) {
 	}
 	defer f.Close()
 	return isMount(f, path.Base(name))
+}
+
+// behindMount reports whether something is mounted where a path leads, or above that.
+func (e *editor) behindMount(name string) (bool, error) {
+	name, err := e.resolve(name)
+	if err != nil {
+		return false, err
+	}
+	for ; name != "."; name = path.Dir(name) {
+		mounted, err := e.mounted(name)
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
+			continue
+		}
+		if mounted || err != nil {
+			return mounted, err
+		}
+	}
+	return false, nil
 }
 
 // makeDir makes a directory, and those above it, where there is none. A link stays,

@@ -81,11 +81,15 @@ func (p *preparation) machineID() error {
 }
 
 // glob returns what a pattern of [path.Match] stands for, element by element, in the
-// order of names.
+// order of names, but for what is behind a mount.
 func (p *preparation) glob(pattern string) ([]entry, error) {
 	dir, last := path.Split(pattern)
 	dirs := []string{path.Clean("./" + dir)}
-	if strings.ContainsAny(dir, `*?[\`) {
+	if !strings.ContainsAny(dir, `*?[\`) {
+		if behind, err := p.behindMount(dirs[0]); behind || err != nil {
+			return nil, err
+		}
+	} else {
 		parents, err := p.glob(path.Clean(dir))
 		if err != nil {
 			return nil, err

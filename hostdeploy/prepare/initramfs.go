@@ -127,11 +127,21 @@ func (p *preparation) build(ctx context.Context, version string, hook bool, comm
 	if p.o.Output != nil {
 		fmt.Fprintf(p.o.Output, "making the initramfs of %s\n", version)
 	}
-	dirs, err := p.remember("tmp", "var/tmp")
+	scratch, err := p.resolve("var/tmp")
 	if err != nil {
 		return err
 	}
-	dir := temporary("var/tmp/x")
+	// What is in a mount cannot be renamed out of it.
+	if behind, err := p.behindMount(scratch); err != nil {
+		return err
+	} else if behind {
+		scratch = path.Dir(name)
+	}
+	dirs, err := p.remember("tmp", scratch)
+	if err != nil {
+		return err
+	}
+	dir := temporary(path.Join(scratch, "x"))
 	if err := p.root.Mkdir(dir, 0o700); err != nil {
 		return err
 	}

@@ -51,6 +51,7 @@ d relative
 f$ "/var/lib/f f"/../g
 L /run/%v - - - - x
 C /x - - - - \q
+d /var/lib/n :0750 :u :g
 `)
 	want := []tmpfile{
 		{kind: "d", path: "/var/lib/a", mode: "0755", user: "root", group: "root"},
@@ -60,6 +61,7 @@ C /x - - - - \q
 		{kind: "q", path: "/var/lib"},
 		{kind: "f$", path: "/var/lib/g"},
 		{kind: "C", path: "/x", argument: `\q`},
+		{kind: "d", path: "/var/lib/n", mode: "0750", user: "u", group: "g"},
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got\n%+v\nwant\n%+v", got, want)

@@ -100,6 +100,9 @@ func (p *preparation) moveExtendedStates() error {
 	if fi == nil || err != nil {
 		return err
 	}
+	if behind, err := p.behindMount(aptBefore); behind || err != nil {
+		return err // a cache of the build's
+	}
 	if fi.Mode().Type() == fs.ModeSymlink {
 		if p.will(Remove, aptBefore, "", "apt would replace the link") {
 			return p.root.Remove(aptBefore)

@@ -110,7 +110,7 @@ func escape(s string) string {
 }
 
 // A tmpfile is a line of tmpfiles.d(5) that makes something. Path and argument are
-// as they are meant, without escapes.
+// as they are meant, without escapes; mode, user and group without a ":" before them.
 type tmpfile struct {
 	kind     string // with its modifiers
 	path     string
@@ -120,13 +120,14 @@ type tmpfile struct {
 	argument string
 }
 
-// String gives the line, without its end.
+// String gives the line, without its end. Mode, user and group are for what is made: the
+// ":" has what is there keep its own, except under C lines.
 func (t tmpfile) String() string {
 	or := func(s string) string {
 		if s == "" {
 			return "-"
 		}
-		return s
+		return ":" + s
 	}
 	arg := ""
 	if t.argument != "" {
@@ -178,7 +179,7 @@ func parseTmpfiles(text string) []tmpfile {
 		t := tmpfile{kind: f[0], path: path.Clean(name)}
 		for i, to := range []*string{&t.mode, &t.user, &t.group} {
 			if len(f) > i+2 && f[i+2] != "-" {
-				*to = f[i+2]
+				*to = strings.TrimPrefix(f[i+2], ":")
 			}
 		}
 		if arg != "" && arg != "-" {

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -21,7 +22,7 @@ const (
 
 // seeded are the directories that are copied as a whole where the machine's is missing
 // or empty: what somebody removes from them does not come back with the next boot.
-var seeded = []string{"var/home", "var/roothome", "var/srv"}
+var seeded = []string{"var/home", "var/roothome", "var/srv", "var/www"}
 
 // buildState is what only maintainer scripts and apt read, which run in builds, or what
 // the machine makes anew by itself.
@@ -87,6 +88,11 @@ func (p *preparation) variable(ctx context.Context) error {
 func (p *preparation) declared() (map[string]bool, error) {
 	paths := map[string]bool{}
 	for _, dir := range []string{"etc/tmpfiles.d", "usr/local/lib/tmpfiles.d", "usr/lib/tmpfiles.d"} {
+		// /usr/local may be a link, of the author's own.
+		dir, err := p.resolve(dir)
+		if err != nil {
+			return nil, err
+		}
 		entries, err := p.list(dir)
 		if err != nil {
 			return nil, err
@@ -152,6 +158,8 @@ func (p *preparation) collect(ctx context.Context, v *variableTree, dir string, 
 			l.kind = "f"
 			if en.Size() > 0 {
 				l.kind, l.argument = "C", "/"+path.Join(factory, en.path)
+				// systemd, up to 257 at least, takes these of a C line for what is there, too.
+				l.mode, l.user, l.group = "", notCopied(l.user, en.stat.Uid), notCopied(l.group, en.stat.Gid)
 			}
 		default:
 			v.odd = append(v.odd, name)
@@ -177,6 +185,16 @@ func (p *preparation) collect(ctx context.Context, v *variableTree, dir string, 
 		}
 	}
 	return nil
+}
+
+// notCopied returns the name of an owner, "" for one that the copy of a file has anyway:
+// root, the numbers that are the same on each Debian (Debian Policy, 9.2.2), and those
+// without a name.
+func notCopied(name string, id uint32) string {
+	if name == "root" || id < 100 || name == strconv.FormatUint(uint64(id), 10) {
+		return ""
+	}
+	return name
 }
 
 // seed has a directory copied as a whole. It reports false for one without anything in
