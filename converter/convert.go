@@ -200,6 +200,30 @@ func parseDiffIDs(raw []byte, layers int) ([]v1.Hash, error) {
 	return c.RootFS.DiffIDs, nil
 }
 
+// Architecture returns what an image that is not in the store yet is for, as its config says
+// ("amd64"); "" where it does not.
+func Architecture(ctx context.Context, img Image) (string, error) {
+	raw, mediaType, err := img.Manifest(ctx)
+	if err != nil {
+		return "", fmt.Errorf("reading the manifest: %w", err)
+	}
+	m, err := parseManifest(raw, mediaType)
+	if err != nil {
+		return "", err
+	}
+	rawConfig, err := readBlob(ctx, img, m.Config)
+	if err != nil {
+		return "", fmt.Errorf("reading config %s: %w", m.Config.Digest, err)
+	}
+	var c struct {
+		Architecture string `json:"architecture"`
+	}
+	if err := json.Unmarshal(rawConfig, &c); err != nil {
+		return "", fmt.Errorf("%w: reading the config: %v", ErrManifest, err)
+	}
+	return c.Architecture, nil
+}
+
 // readBlob reads a small blob whole.
 func readBlob(ctx context.Context, img Image, desc v1.Descriptor) (_ []byte, err error) {
 	if desc.Size > maxJSON {

@@ -195,8 +195,8 @@ func (b *bootFiles) present(ctx context.Context, p bootloader.Paths, entries []b
 }
 
 // checkRoom compares what they need with what the boot file system has, and will have once
-// the kernels are gone that no entry refers to.
-func (b *bootFiles) checkRoom(p bootloader.Paths, entries []bootloader.Entry) error {
+// the kernels are gone that are not used.
+func (b *bootFiles) checkRoom(p bootloader.Paths, unused []string) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(p.Boot, &st); err != nil {
 		return fmt.Errorf("asking for the free space of %q: %w", p.Boot, err)
@@ -207,10 +207,6 @@ func (b *bootFiles) checkRoom(p bootloader.Paths, entries []bootloader.Entry) er
 		need += (f.node.File.Size + block - 1) / block * block
 	}
 	free := int64(st.Bavail) * block
-	unused, err := unusedBootDirs(p, entries)
-	if err != nil {
-		return err
-	}
 	for _, name := range unused {
 		n, err := treeSize(filepath.Join(p.Boot, name), block)
 		if err != nil {
@@ -229,13 +225,9 @@ func (b *bootFiles) checkRoom(p bootloader.Paths, entries []bootloader.Entry) er
 // FAT has no atomic rename, and a directory with two names, as a power loss can leave it,
 // cannot be removed without harm. Nobody looks at the directory before an entry names it.
 //
-// Kernels that no entry refers to go first: an unfinished one, and those of deployments
-// that were staged and never finalized, or are still staged and make room for this one.
-func (b *bootFiles) write(ctx context.Context, objects Opener, p bootloader.Paths, entries []bootloader.Entry) error {
-	unused, err := unusedBootDirs(p, entries)
-	if err != nil {
-		return err
-	}
+// Kernels that are not used go first: an unfinished one, and those of deployments that were
+// staged and never finalized, or are still staged and make room for this one.
+func (b *bootFiles) write(ctx context.Context, objects Opener, p bootloader.Paths, unused []string) error {
 	for _, name := range unused {
 		if err := os.RemoveAll(filepath.Join(p.Boot, name)); err != nil {
 			return fmt.Errorf("removing a kernel that nothing uses: %w", err)
@@ -291,6 +283,25 @@ func unusedBootDirs(p bootloader.Paths, entries []bootloader.Entry) ([]string, e
 	dirs, err := bootDirs(p)
 	used := usedBootDirs(entries)
 	return slices.DeleteFunc(dirs, func(name string) bool { return slices.Contains(used, name) }), err
+}
+
+// unusedKernels are the directories of kernels that may make room for another one: no
+// entry refers to them, and the running system, whose entry may be lost or not be
+// understood, does not boot from them.
+func (h *Host) unusedKernels(entries []bootloader.Entry) ([]string, error) {
+	dirs, err := unusedBootDirs(h.Paths, entries)
+	if err != nil || h.Booted == "" {
+		return dirs, err
+	}
+	have, err := exists(h.stateDir(h.Booted))
+	if err != nil || !have {
+		return dirs, err // it runs from another disk
+	}
+	o, err := h.origin(h.Booted)
+	if err != nil {
+		return nil, nil // nobody can tell
+	}
+	return slices.DeleteFunc(dirs, func(name string) bool { return name == bootPrefix+o.BootDigest }), nil
 }
 
 // usedBootDirs are those that entries refer to.

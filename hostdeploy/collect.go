@@ -23,7 +23,8 @@ type Collected struct {
 	// Kernels are directories of the boot file system, BootBytes what they took.
 	Kernels   []string      `json:"kernels"`
 	BootBytes int64         `json:"bootBytes"`
-	States    []string      `json:"states"` // directories of /etc and of own /var
+	States    []string      `json:"states"` // directories of deployments, with their /etc
+	Vars      []string      `json:"vars"`   // directories of /var
 	Store     store.GCStats `json:"store"`
 }
 
@@ -55,16 +56,23 @@ func Keep(all []*Deployment) map[string]string {
 
 // Prune removes the deployments that need not stay: their entries, kernels, states and
 // names in the store, in an order that leaves nothing half-working behind. The caller
-// has the lock. With dry nothing is removed.
-func (h *Host) Prune(dry bool) (*Collected, error) {
+// has the lock. A /var stays: what people have written goes when they ask for it.
+func (h *Host) Prune() (*Collected, error) {
+	c, _, err := h.prune(false)
+	return c, err
+}
+
+// prune is Prune, which with dry removes nothing. It also returns which deployments need
+// their state.
+func (h *Host) prune(dry bool) (*Collected, map[string]bool, error) {
 	if !dry {
 		if err := h.Loader.Sync(); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
 	all, err := h.Deployments()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if !dry {
 		h.recordFailures(all)
@@ -73,11 +81,11 @@ func (h *Host) Prune(dry bool) (*Collected, error) {
 	if h.Booted != "" && booted(all) == nil {
 		// The running system has no entry any more: without it nobody can tell what it
 		// needs, so nothing is touched.
-		return nil, fmt.Errorf("removing deployments: %w: the running deployment %s has no boot entry; particle hostdeploy upgrade or switch makes a new one", ErrInUse, ShortID(h.Booted))
+		return nil, nil, fmt.Errorf("removing deployments: %w: the running deployment %s has no boot entry; particle hostdeploy upgrade or switch makes a new one", ErrInUse, ShortID(h.Booted))
 	}
 	entries, err := h.Loader.Entries(h.Warn)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	var left []bootloader.Entry
 	for _, e := range entries {
@@ -91,7 +99,7 @@ func (h *Host) Prune(dry bool) (*Collected, error) {
 			// Without a state it cannot boot. With one whose record cannot be read it may, and
 			// may be what somebody has pinned.
 			if have, err := exists(h.stateDir(id)); err != nil {
-				return nil, err
+				return nil, nil, err
 			} else if have {
 				left = append(left, e)
 				continue
@@ -104,16 +112,20 @@ func (h *Host) Prune(dry bool) (*Collected, error) {
 			continue
 		}
 		if err := h.Loader.Remove(e.ID); err != nil {
-			return nil, fmt.Errorf("removing the boot entry of deployment %s: %w", ShortID(id), err)
+			return nil, nil, fmt.Errorf("removing the boot entry of deployment %s: %w", ShortID(id), err)
 		}
 		if i >= 0 {
 			h.record(Event{What: "removed", ID: id, Title: all[i].Title})
 		}
 	}
 	if err := h.pruneKernels(c, left, dry); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return c, h.pruneStates(c, left, dry)
+	needed, err := h.needed(left)
+	if err != nil {
+		return nil, nil, err
+	}
+	return c, needed, h.pruneStates(c, needed, dry)
 }
 
 // pruneKernels removes the kernels that no entry and no staged deployment refers to.
@@ -146,19 +158,47 @@ func (h *Host) pruneKernels(c *Collected, left []bootloader.Entry, dry bool) err
 	return nil
 }
 
-// pruneStates removes the states and names of deployments without an entry.
-func (h *Host) pruneStates(c *Collected, left []bootloader.Entry, dry bool) error {
-	needed := map[string]bool{h.Booted: true}
+// needed tells which deployments' states must stay: what runs, what has an entry or is staged,
+// and what somebody has pinned, although its entry is lost. What cannot be read may be pinned.
+func (h *Host) needed(left []bootloader.Entry) (map[string]bool, error) {
+	needed := map[string]bool{}
+	if h.Booted != "" {
+		needed[h.Booted] = true
+	}
 	for _, e := range left {
-		needed[bootedID(ParseArgs(e.Options))] = true
+		if id := bootedID(ParseArgs(e.Options)); id != "" {
+			needed[id] = true
+		}
 	}
 	staged, err := h.staged()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if staged != nil {
 		needed[staged.Origin.ID], needed[staged.Request.Base] = true, true
 	}
+	states, err := os.ReadDir(h.path(deployDir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	for _, e := range states {
+		id := e.Name()
+		if needed[id] || checkID(id) != nil {
+			continue
+		}
+		if o, err := h.origin(id); err != nil {
+			h.Warn("%v: its state stays", err)
+			needed[id] = true
+		} else if o.Pinned {
+			h.Warn("deployment %s is pinned and has no boot entry: its state stays", ShortID(id))
+			needed[id] = true
+		}
+	}
+	return needed, nil
+}
+
+// pruneStates removes the states and names of deployments that are not needed.
+func (h *Host) pruneStates(c *Collected, needed map[string]bool, dry bool) error {
 	names, err := h.names()
 	if err != nil {
 		return err
@@ -175,7 +215,12 @@ func (h *Host) pruneStates(c *Collected, left []bootloader.Entry, dry bool) erro
 			}
 		}
 	}
-	// A /var goes with the last deployment that has it, as a reset leaves one behind.
+	c.States, err = h.removeBut(deployDir, func(id string) bool { return needed[id] || checkID(id) != nil }, dry)
+	return err
+}
+
+// pruneVars removes each /var that no needed deployment has, as a reset leaves one behind.
+func (h *Host) pruneVars(c *Collected, needed map[string]bool, dry bool) error {
 	vars := map[string]bool{}
 	for id := range needed {
 		if have, err := exists(h.stateDir(id)); err != nil {
@@ -189,36 +234,49 @@ func (h *Host) pruneStates(c *Collected, left []bootloader.Entry, dry bool) erro
 		}
 		vars[name] = true
 	}
-	for _, dir := range []string{deployDir, osDir} {
-		entries, err := os.ReadDir(h.path(dir))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		for _, e := range entries {
-			id, dir := e.Name(), h.path(dir, e.Name())
-			if strings.HasSuffix(id, tempSuffix) {
-				if !dry {
-					err = removeAll(dir)
-				}
-			} else if dir == h.path(deployDir, id) && !needed[id] && checkID(id) == nil || dir == h.path(osDir, id) && len(vars) > 0 && !vars[id] && (id == defaultOS || ownVar(id)) {
-				c.States = append(c.States, dir)
-				if !dry {
-					err = removeTree(dir)
-				}
-			}
-			if err != nil {
-				return fmt.Errorf("removing the state %q: %w", dir, err)
-			}
-		}
+	if len(vars) == 0 {
+		return nil
 	}
-	return nil
+	var err error
+	c.Vars, err = h.removeBut(osDir, func(name string) bool { return vars[name] || name != defaultOS && !ownVar(name) }, dry)
+	return err
 }
 
-// Collect prunes and then frees what the store needs no more. roots are images that
-// are mounted and must stay.
+// removeBut removes what is in a directory but for what is to stay, and returns what that
+// was. What is not finished goes, too.
+func (h *Host) removeBut(parent string, stays func(name string) bool, dry bool) (removed []string, err error) {
+	entries, err := os.ReadDir(h.path(parent))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	for _, e := range entries {
+		name, dir := e.Name(), h.path(parent, e.Name())
+		var err error
+		if strings.HasSuffix(name, tempSuffix) {
+			if !dry {
+				err = removeAll(dir)
+			}
+		} else if !stays(name) {
+			removed = append(removed, dir)
+			if !dry {
+				err = removeTree(dir)
+			}
+		}
+		if err != nil {
+			return removed, fmt.Errorf("removing the state %q: %w", dir, err)
+		}
+	}
+	return removed, nil
+}
+
+// Collect prunes, removes each /var that no deployment has, and then frees what the store
+// needs no more. With dry nothing is removed. roots are images that are mounted and must stay.
 func (h *Host) Collect(ctx context.Context, dry bool, roots []string) (*Collected, error) {
-	c, err := h.Prune(dry)
+	c, needed, err := h.prune(dry)
 	if err != nil {
+		return nil, err
+	}
+	if err := h.pruneVars(c, needed, dry); err != nil {
 		return nil, err
 	}
 	c.Store, err = converter.GC(ctx, h.Store, store.GCOptions{DryRun: dry, Roots: roots})

@@ -164,7 +164,7 @@ func TestFallback(t *testing.T) {
 	if d, err := h.Rollback(""); !errors.Is(err, ErrNoDeployment) {
 		t.Errorf("rolled back to %v, %v", d, err)
 	}
-	if c, err := h.Prune(false); err != nil || !slices.Equal(c.Deployments, []string{bad.ID}) {
+	if c, err := h.Prune(); err != nil || !slices.Equal(c.Deployments, []string{bad.ID}) {
 		t.Errorf("pruned %+v, %v", c, err)
 	}
 	wantRoles(t, h, "one booted default")
@@ -396,13 +396,13 @@ func TestReset(t *testing.T) {
 	wantFile(t, filepath.Join(state, "var/lib/state"), "made by one\n")
 	wantFile(t, filepath.Join(old, "var/lib/state"), "mine\n")
 	wantSound(t, h)
-	// Its own /var goes with it.
+	// Its own /var goes after it.
 	h.Booted = all[0].ID
 	if _, err := h.Rollback(all[0].ID); err != nil {
 		t.Fatal(err)
 	}
 	upgrade(t, h, system(t, "two"))
-	if _, err := h.Prune(false); err != nil {
+	if _, err := h.Collect(ctx, false, nil); err != nil {
 		t.Fatal(err)
 	}
 	if left := snapshot(t, h); strings.Contains(left, p.ID) {

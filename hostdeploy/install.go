@@ -8,8 +8,6 @@ import (
 	"path/filepath"
 	"slices"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/particle-os/particle/converter"
 	"github.com/particle-os/particle/converter/mount"
 	"github.com/particle-os/particle/converter/store"
@@ -43,10 +41,12 @@ type NewHost struct {
 	Warn     func(format string, args ...any)
 	Done     Done
 
-	made bool // Prepare has made the store
+	made  bool // Prepare has made the store
+	begun bool // Install has made the mark
 }
 
-// installMark is there until an installation is over: what it is found with has never run.
+// installMark is there until just before an installation writes the boot entry: what it is
+// found with has never run.
 const installMark = "state/installing"
 
 // Fill brings the image into the new host's store and returns the digest of its
@@ -80,10 +80,8 @@ func (n *NewHost) prepare(ctx context.Context, fill Fill) (*Plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	if have, err := n.installed(loader); err != nil {
+	if err := n.refuse(); err != nil {
 		return nil, err
-	} else if have {
-		return nil, fmt.Errorf("installing to %q: there are deployments already, in %q; particle hostdeploy switch, on the running system, changes them", n.Root, deployDir)
 	}
 	dir := filepath.Join(n.Root, storeDir)
 	have, err := exists(dir)
@@ -117,76 +115,83 @@ func (n *NewHost) prepare(ctx context.Context, fill Fill) (*Plan, error) {
 	}, false)
 }
 
-// installed reports whether the root has deployments. What an installation left that did
-// not get as far as a boot entry is none.
-func (n *NewHost) installed(loader bootloader.Loader) (bool, error) {
-	if begun, err := exists(filepath.Join(n.Root, installMark)); err != nil {
-		return false, err
-	} else if !begun {
-		deploy, err := exists(filepath.Join(n.Root, deployDir))
-		if err != nil {
-			return false, err
-		}
-		// A /var without deployments is somebody's, too.
-		vars, err := exists(filepath.Join(n.Root, osDir))
-		return deploy || vars, err
-	}
-	entries, err := loader.Entries(n.Warn)
-	return slices.ContainsFunc(entries, func(e bootloader.Entry) bool { return bootedID(ParseArgs(e.Options)) != "" }), err
-}
-
-// Install applies a plan of Prepare and installs the boot loader. On failure nothing is left
-// of it, unless the boot entry is there, and what a power loss leaves does not hinder the
-// next try.
-func (n *NewHost) Install(ctx context.Context, p *Plan) error {
-	err := n.install(ctx, p)
-	if err == nil {
-		return nil
-	}
-	if have, ierr := n.installed(p.h.Loader); have || ierr != nil {
-		return errors.Join(err, ierr)
-	}
-	return errors.Join(err, n.clear(), n.Discard())
-}
-
-// clear removes the state that an unfinished installation has made.
-func (n *NewHost) clear() error {
-	mark := filepath.Join(n.Root, installMark)
-	if begun, err := exists(mark); err != nil || !begun {
+// refuse returns an error for a root that has deployments. What an installation left that
+// did not get as far as a boot entry is none.
+func (n *NewHost) refuse() error {
+	if begun, err := exists(filepath.Join(n.Root, installMark)); begun || err != nil {
 		return err
 	}
-	for _, name := range []string{deployDir, osDir, historyLog, lockFile, verityMark, installMark} {
-		if err := removeAll(filepath.Join(n.Root, name)); err != nil {
-			return fmt.Errorf("removing what an installation left: %w", err)
+	for _, dir := range []string{deployDir, osDir} { // a /var alone is somebody's, too
+		if have, err := exists(filepath.Join(n.Root, dir)); err != nil {
+			return err
+		} else if have {
+			return fmt.Errorf("installing to %q: there are deployments already, in %q; particle hostdeploy switch, on the running system, changes them", n.Root, dir)
 		}
-	}
-	// It may have been there before, with something else in it.
-	if err := os.Remove(filepath.Dir(mark)); err != nil && !errors.Is(err, unix.ENOTEMPTY) {
-		return fmt.Errorf("removing what an installation left: %w", err)
 	}
 	return nil
 }
 
-func (n *NewHost) install(ctx context.Context, p *Plan) error {
-	if err := n.clear(); err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Dir(filepath.Join(n.Root, installMark)), 0o755); err != nil {
+// Install applies a plan of Prepare and installs the boot loader. On failure nothing is left
+// of it but what the loader's own installation wrote, unless the boot entry is there; what
+// a power loss leaves does not hinder the next try.
+func (n *NewHost) Install(ctx context.Context, p *Plan) error {
+	state := filepath.Join(n.Root, filepath.Dir(installMark))
+	if err := os.MkdirAll(state, 0o755); err != nil {
 		return fmt.Errorf("making the state's directory: %w", err)
-	}
-	if err := writeFile(filepath.Join(n.Root, installMark), nil, 0o600); err != nil {
-		return err
-	}
-	for _, dir := range []string{deployDir, filepath.Join(osDir, defaultOS)} {
-		if err := os.MkdirAll(filepath.Join(n.Root, dir), 0o755); err != nil {
-			return fmt.Errorf("making the state's directories: %w", err)
-		}
 	}
 	unlock, err := p.h.Lock()
 	if err != nil {
 		return err
 	}
 	defer unlock()
+	// Another installation may have come first.
+	if err := n.refuse(); err != nil {
+		return err
+	}
+	if err := n.clear(); err != nil {
+		return err
+	}
+	if err = n.install(ctx, p); err == nil {
+		return nil
+	}
+	if used, uerr := p.h.used(p.ID); used || uerr != nil {
+		return errors.Join(err, uerr) // it may boot
+	}
+	entries, eerr := p.h.Loader.Entries(n.Warn)
+	if eerr == nil && !slices.Contains(usedBootDirs(entries), p.files.dir()) {
+		eerr = os.RemoveAll(filepath.Join(n.Paths.Boot, p.files.dir()))
+	}
+	err = errors.Join(err, eerr, n.clear(), n.Discard(), os.Remove(filepath.Join(n.Root, lockFile)))
+	_ = os.Remove(state) // unless it was there before, with something else in it
+	return err
+}
+
+// clear removes the state that an unfinished installation has made.
+func (n *NewHost) clear() error {
+	begun, err := exists(filepath.Join(n.Root, installMark))
+	if err != nil || !begun && !n.begun {
+		return err
+	}
+	for _, name := range []string{deployDir, osDir, historyLog, verityMark, installMark} {
+		if err := removeAll(filepath.Join(n.Root, name)); err != nil {
+			return fmt.Errorf("removing what an installation left: %w", err)
+		}
+	}
+	return nil
+}
+
+// install does it, on a root without any state.
+func (n *NewHost) install(ctx context.Context, p *Plan) error {
+	mark := filepath.Join(n.Root, installMark)
+	if err := writeFile(mark, nil, 0o600); err != nil {
+		return err
+	}
+	n.begun = true
+	for _, dir := range []string{deployDir, filepath.Join(osDir, defaultOS)} {
+		if err := os.MkdirAll(filepath.Join(n.Root, dir), 0o755); err != nil {
+			return fmt.Errorf("making the state's directories: %w", err)
+		}
+	}
 	if !p.h.Store.Verity() {
 		// The store was filled where files cannot get fs-verity: the first boot gives it
 		// to them.
@@ -199,10 +204,20 @@ func (n *NewHost) install(ctx context.Context, p *Plan) error {
 			return fmt.Errorf("installing the boot loader %s: %w", n.Loader, err)
 		}
 	}
-	if err := p.Apply(ctx, n.Done); err != nil {
-		return err
+	// The mark goes before the entry comes: what has an entry may be run, and kept.
+	entry := &p.Steps[len(p.Steps)-1]
+	add := entry.run
+	entry.run = func(ctx context.Context) error {
+		err := os.Remove(mark)
+		if err == nil {
+			err = syncDir(filepath.Dir(mark))
+		}
+		if err != nil {
+			return err
+		}
+		return add(ctx)
 	}
-	return os.Remove(filepath.Join(n.Root, installMark))
+	return p.Apply(ctx, n.Done)
 }
 
 // installLoader has the loader installed from the image, which is mounted for it.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -107,7 +108,7 @@ func TestLostEntry(t *testing.T) {
 	third := deployNow(t, h, Request{Manifest: put(t, h.Store, system(t, "three")), Base: second.ID})
 	wantFile(t, filepath.Join(h.stateDir(third.ID), "etc/mine"), "mine\n")
 	bootInto(t, h, third.ID)
-	if _, err := h.Prune(false); err != nil {
+	if _, err := h.Prune(); err != nil {
 		t.Fatal(err)
 	}
 	wantRoles(t, h, "three booted default")
@@ -133,7 +134,7 @@ func TestPruneImmutable(t *testing.T) {
 	for _, version := range []string{"two", "three"} {
 		bootInto(t, h, upgrade(t, h, system(t, version)).ID)
 	}
-	if _, err := h.Prune(false); err != nil {
+	if _, err := h.Prune(); err != nil {
 		t.Fatal(err)
 	}
 	if left := snapshot(t, h); strings.Contains(left, first) {
@@ -164,81 +165,169 @@ func TestKeepGood(t *testing.T) {
 	h, _ := newHost(t)
 	bootInto(t, h, upgrade(t, h, system(t, "two")).ID)
 	deployNow(t, h, Request{Manifest: put(t, h.Store, system(t, "three")), Base: h.Booted})
-	if _, err := h.Prune(false); err != nil {
+	if _, err := h.Prune(); err != nil {
 		t.Fatal(err)
 	}
 	wantRoles(t, h, "three default counting, two booted, one")
 }
 
-// The /var before a reset goes with the last deployment that has it.
+// The /var before a reset goes with gc, once no deployment has it.
 func TestVarBeforeReset(t *testing.T) {
 	h, _ := newHost(t)
 	bootInto(t, h, deployNow(t, h, Request{Manifest: runningOf(t, h).Manifest, Base: h.Booted, FreshEtc: true, FreshVar: true}).ID)
-	if _, err := h.Prune(false); err != nil {
+	if _, err := h.Collect(ctx, false, nil); err != nil {
 		t.Fatal(err)
 	}
-	wantFile(t, h.path(osDir, defaultOS, "var/lib/state"), "made by one\n")
+	first := h.path(osDir, defaultOS)
+	wantFile(t, filepath.Join(first, "var/lib/state"), "made by one\n")
 	bootInto(t, h, upgrade(t, h, system(t, "two")).ID)
-	if _, err := h.Prune(false); err != nil {
+	if _, err := h.Prune(); err != nil {
 		t.Fatal(err)
 	}
-	if have, err := exists(h.path(osDir, defaultOS)); have || err != nil {
+	for _, dry := range []bool{true, false} {
+		wantFile(t, filepath.Join(first, "var/lib/state"), "made by one\n")
+		if c, err := h.Collect(ctx, dry, nil); err != nil || !slices.Equal(c.Vars, []string{first}) {
+			t.Errorf("dry %v: %+v, %v", dry, c, err)
+		}
+	}
+	if have, err := exists(first); have || err != nil {
 		t.Errorf("the first /var is there: %v, %v", have, err)
 	}
 	wantSound(t, h)
 }
 
+// What is pinned keeps its /etc and /var without an entry, too.
+func TestPinnedLostEntry(t *testing.T) {
+	h, loader := newHost(t)
+	first := h.Booted
+	if _, err := h.Pin("booted", true); err != nil {
+		t.Fatal(err)
+	}
+	bootInto(t, h, deployNow(t, h, Request{Manifest: runningOf(t, h).Manifest, Base: h.Booted, FreshEtc: true, FreshVar: true}).ID)
+	if err := loader.Remove("particle-1"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Collect(ctx, false, nil); err != nil {
+		t.Fatal(err)
+	}
+	wantFile(t, filepath.Join(h.stateDir(first), "etc/version"), "one\n")
+	wantFile(t, filepath.Join(h.stateDir(first), "var/lib/state"), "made by one\n")
+}
+
+// A kernel that is copied takes the place of none that somebody may start by hand.
+func TestKernelOfLostEntry(t *testing.T) {
+	h, loader := newHost(t)
+	running := filepath.Join(h.Paths.Boot, bootPrefix+runningOf(t, h).BootDigest, "vmlinuz")
+	if err := loader.Remove("particle-1"); err != nil {
+		t.Fatal(err)
+	}
+	files := system(t, "two")
+	files["boot/vmlinuz-1"] = "another kernel"
+	stageOnly(t, h, Request{Manifest: put(t, h.Store, files), Base: h.Booted})
+	wantFile(t, running, system(t, "one")["boot/vmlinuz-1"])
+}
+
 // An installation that failed, or was cut off, can be made again; what runs is safe.
 func TestInstallAgain(t *testing.T) {
 	root := t.TempDir()
+	boot := filepath.Join(root, "boot")
 	for _, dir := range []string{"boot", "state/mine"} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
+	noRoom, noPower := errors.New("no room"), errors.New("no power")
 	loader := &memLoader{}
-	install := func(stop string) error {
-		n := &NewHost{Root: root, Paths: bootloader.Paths{Boot: filepath.Join(root, "boot")}, Loader: "systemd-boot", Args: Args{"rw"}}
+	install := func(stop error) (*NewHost, error) {
+		n := &NewHost{Root: root, Paths: bootloader.Paths{Boot: boot}, Loader: "systemd-boot", Args: Args{"rw"}}
 		p, err := n.Prepare(ctx, func(_ context.Context, st *store.Store) (string, error) { return put(t, st, system(t, "one")), nil })
 		if err != nil {
-			return err
+			return nil, err
 		}
 		p.h.Loader = loader
-		loader.fail = nil
-		switch stop {
-		case "loader":
-			loader.fail = errors.New("no room")
-		case "power":
+		if loader.fail = stop; stop == noPower {
 			// As if nobody had been there to clean up.
-			p.Steps = p.Steps[:len(p.Steps)-1]
-			return n.install(ctx, p)
+			p.Steps[len(p.Steps)-2].run = func(context.Context) error { return stop }
+			return n, n.install(ctx, p)
 		}
-		return n.Install(ctx, p)
+		return n, n.Install(ctx, p)
 	}
-	if err := install("loader"); !errors.Is(err, loader.fail) {
-		t.Fatalf("got %v, want %v", err, loader.fail)
+	if _, err := install(noRoom); !errors.Is(err, noRoom) {
+		t.Fatalf("got %v, want %v", err, noRoom)
 	}
-	for _, name := range []string{storeDir, deployDir, osDir, installMark} {
+	for _, name := range []string{storeDir, deployDir, osDir, installMark, lockFile} {
 		if have, err := exists(filepath.Join(root, name)); have || err != nil {
 			t.Errorf("after a failure there is %s, %v", name, err)
 		}
 	}
-	if err := install("power"); err != nil {
+	if dirs, err := bootDirs(bootloader.Paths{Boot: boot}); err != nil || len(dirs) != 0 {
+		t.Errorf("after a failure there are the kernels %q, %v", dirs, err)
+	}
+	if _, err := install(noPower); !errors.Is(err, noPower) {
+		t.Fatalf("got %v, want %v", err, noPower)
+	}
+	if have, err := exists(filepath.Join(root, installMark)); !have || err != nil {
+		t.Fatalf("no mark of what is not over, %v", err)
+	}
+	if _, err := install(nil); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(root, installMark), nil, 0o600); err != nil {
+	if have, err := exists(filepath.Join(root, installMark)); have || err != nil {
+		t.Errorf("the mark of an installation that is over: %v", err)
+	}
+	// From here on nothing may be touched.
+	mine := filepath.Join(root, osDir, defaultOS, "var/mine")
+	if err := os.WriteFile(mine, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := install(""); err != nil {
-		t.Fatal(err)
-	}
-	if have, err := exists(filepath.Join(root, "state/mine")); !have || err != nil {
-		t.Error("what was there before is gone")
-	}
-	if err := install(""); err == nil || !strings.Contains(err.Error(), "there are deployments already") {
+	if _, err := install(nil); err == nil || !strings.Contains(err.Error(), "there are deployments already") {
 		t.Errorf("installing over what is installed: %v", err)
 	}
-	if have, err := exists(filepath.Join(root, deployDir)); !have || err != nil {
-		t.Error("a refusal removed the deployments")
+	if err := os.RemoveAll(filepath.Join(root, deployDir)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := install(nil); err == nil || !strings.Contains(err.Error(), osDir) {
+		t.Errorf("installing over a /var: %v", err)
+	}
+	for _, name := range []string{"state/mine", osDir + "/" + defaultOS + "/var/mine"} {
+		if have, err := exists(filepath.Join(root, name)); !have || err != nil {
+			t.Errorf("what was there before is gone: %s, %v", name, err)
+		}
+	}
+}
+
+// What failed after the mark was taken away is cleaned up all the same; what has an entry
+// stays.
+func TestInstallEntry(t *testing.T) {
+	for _, written := range []bool{false, true} {
+		root := t.TempDir()
+		n := &NewHost{Root: root, Paths: bootloader.Paths{Boot: filepath.Join(root, "boot")}, Loader: "systemd-boot", Args: Args{"rw"}}
+		if err := os.Mkdir(n.Paths.Boot, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		p, err := n.Prepare(ctx, func(_ context.Context, st *store.Store) (string, error) { return put(t, st, system(t, "one")), nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		loader := &memLoader{}
+		p.h.Loader = loader
+		failed := errors.New("failed")
+		last := &p.Steps[len(p.Steps)-1]
+		add := last.run
+		last.run = func(ctx context.Context) error {
+			if have, err := exists(filepath.Join(root, installMark)); have || err != nil {
+				t.Errorf("the mark is there when the entry is written: %v, %v", have, err)
+			}
+			if !written {
+				return failed
+			}
+			return errors.Join(add(ctx), failed)
+		}
+		if err := n.Install(ctx, p); !errors.Is(err, failed) {
+			t.Fatalf("got %v, want %v", err, failed)
+		}
+		if have, err := exists(filepath.Join(root, deployDir)); have != written || err != nil {
+			t.Errorf("an entry was written %v; there are deployments: %v, %v", written, have, err)
+		}
 	}
 }

@@ -126,7 +126,11 @@ func NewPlan(ctx context.Context, h *Host, req Request, stage bool) (*Plan, erro
 		return nil, err
 	}
 	if !present {
-		if err := p.files.checkRoom(h.Paths, entries); err != nil {
+		unused, err := h.unusedKernels(entries)
+		if err == nil {
+			err = p.files.checkRoom(h.Paths, unused)
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
@@ -317,7 +321,11 @@ func (p *Plan) writeKernel(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return p.files.write(ctx, p.objects, p.h.Paths, entries)
+	unused, err := p.h.unusedKernels(entries)
+	if err != nil {
+		return err
+	}
+	return p.files.write(ctx, p.objects, p.h.Paths, unused)
 }
 
 func (p *Plan) etcText() string {

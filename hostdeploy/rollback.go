@@ -158,10 +158,8 @@ func (h *Host) Good() (*Deployment, error) {
 		h.record(Event{What: eventBooted, ID: d.ID, Title: d.Title, Manifest: d.Manifest})
 		d.Tries, d.Failed, d.Entry.Counter = nil, false, nil
 	}
-	for _, name := range []string{h.trialFile(d.ID), h.path(installMark)} { // what runs is installed
-		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return nil, err
-		}
+	if err := os.Remove(h.trialFile(d.ID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
 	}
 	return d, nil
 }

@@ -72,7 +72,7 @@ func TestVarAfterReset(t *testing.T) {
 	for _, version := range []string{"two", "three", "four"} {
 		p := upgrade(t, h, system(t, version))
 		bootInto(t, h, p.ID)
-		if _, err := h.Prune(false); err != nil {
+		if _, err := h.Prune(); err != nil {
 			t.Fatal(err)
 		}
 		wantFile(t, filepath.Join(h.stateDir(p.ID), "var/lib/state"), "mine\n")
@@ -85,9 +85,13 @@ func TestVarAfterReset(t *testing.T) {
 	wantFile(t, filepath.Join(h.path(osDir, reset.ID), "var/lib/state"), "mine\n")
 	for _, version := range []string{"five", "six"} {
 		bootInto(t, h, upgrade(t, h, system(t, version)).ID)
-		if _, err := h.Prune(false); err != nil {
+		if _, err := h.Prune(); err != nil {
 			t.Fatal(err)
 		}
+	}
+	wantFile(t, filepath.Join(h.path(osDir, reset.ID), "var/lib/state"), "mine\n") // nobody has asked yet
+	if _, err := h.Collect(ctx, false, nil); err != nil {
+		t.Fatal(err)
 	}
 	if _, err := os.Stat(h.path(osDir, reset.ID)); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a /var that nothing uses: %v", err)
@@ -183,7 +187,7 @@ func TestFailures(t *testing.T) {
 	loader.entries[1].Counter = &bootloader.Counter{Left: 0, Done: 3}
 	for range 2 {
 		bootInto(t, h, first)
-		if _, err := h.Prune(false); err != nil {
+		if _, err := h.Prune(); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -219,7 +223,7 @@ func TestPruneKeepsUnreadable(t *testing.T) {
 	if err := os.WriteFile(record, []byte("[of a later version\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	c, err := h.Prune(false)
+	c, err := h.Prune()
 	if err != nil || len(c.Deployments)+len(c.States) != 0 {
 		t.Errorf("pruned %+v, %v", c, err)
 	}

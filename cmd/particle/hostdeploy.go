@@ -74,7 +74,7 @@ func deployFlags() []cli.Flag {
 		&cli.BoolFlag{Name: "reboot", Usage: "reboot into it when all is done"},
 		&cli.BoolFlag{Name: "soft-reboot", Usage: "restart only user space into it, at once; refused where the kernel differs"},
 		&cli.StringFlag{Name: "kernel", Usage: "boot this `VERSION` of the image's kernels (default: the newest)"},
-		&cli.BoolFlag{Name: "fresh-var", Usage: "give it a /var of its own, made from the image"},
+		&cli.BoolFlag{Name: "fresh-var", Usage: "give it a /var of its own, made from the image; gc erases the old one once no deployment has it"},
 		&cli.BoolFlag{Name: "force", Usage: "deploy an image that lacks an initramfs, or Particle's part of it"},
 		&cli.BoolFlag{Name: "allow-missing-verity", Usage: "let it boot where files have no fs-verity"},
 		&cli.BoolFlag{Name: "json", Usage: "print the result as JSON"},
@@ -181,9 +181,6 @@ func fetch(ctx context.Context, t *term, c *cli.Context, st *store.Store, image 
 	}
 	img, err := registry.Open(ctx, ref, o)
 	if err != nil {
-		if s, ferr := converter.Find(st, nameOfRef(ref)); ferr == nil {
-			err = fmt.Errorf("%w\nthe store has one of that name; %s names it, without updates", err, s.Manifest)
-		}
 		return "", "", err
 	}
 	defer img.Close()

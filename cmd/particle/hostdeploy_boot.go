@@ -61,7 +61,7 @@ func newBootSuccessCommand(t *term) *cli.Command {
 			}
 			t.infof("deployment %s is good", d.Name())
 			// What it replaces but one is no longer needed; the store's space is freed by gc.
-			removed, err := h.Prune(false)
+			removed, err := h.Prune()
 			if errors.Is(err, hostdeploy.ErrInUse) {
 				t.warnf("%v", err)
 				return nil

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os/exec"
 	"slices"
@@ -10,7 +11,9 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/particle-os/particle/converter"
 	"github.com/particle-os/particle/hostdeploy"
+	podmanext "github.com/particle-os/particle/podman-ext"
 	"github.com/particle-os/particle/registry"
 )
 
@@ -91,6 +94,11 @@ func runSwitch(t *term, c *cli.Context, image string) error {
 	p := &phases{t: t}
 	manifest, reference, err := fetch(c.Context, t, c, h.Store, image, p)
 	if err != nil {
+		if ref, _, perr := parseImage(image); perr == nil {
+			if s, ferr := converter.Find(h.Store, nameOfRef(ref)); ferr == nil {
+				err = fmt.Errorf("%w\nthe store has one of that name; %s names it, without updates", err, s.Manifest)
+			}
+		}
 		return err
 	}
 	return succeed(t, c, func(h *hostdeploy.Host, _ []*hostdeploy.Deployment, from *hostdeploy.Deployment) error {
@@ -179,28 +187,31 @@ func noUpdateReason(c *cli.Context, h *hostdeploy.Host, all []*hostdeploy.Deploy
 	if err != nil {
 		return nil, err
 	}
-	for _, d := range all {
-		if d.Failed && !d.Booted { // it need not be in the history yet
-			failures = append(failures, hostdeploy.Event{Manifest: d.Manifest})
-		}
-	}
-	first := next(all)
-	waits := from.Booted && first.Entry != nil && !first.Booted
 	return func(manifest string) string {
-		of := func(e hostdeploy.Event) bool { return e.Manifest == manifest }
-		switch {
-		case waits && manifest == from.Manifest:
-			return "no update: " + reference + " is what runs; " + first.Name() + " boots next"
-		case c.Bool("force"):
-		case waits && first.Tries == nil && first.Created.Before(from.Created):
-			return "no update: a rollback to " + first.Name() + " waits for its restart; --force deploys " + reference + " instead"
-		case slices.ContainsFunc(failures, of):
-			return "no update: " + reference + " is the image that used up its tries here; --force deploys it again"
-		case slices.ContainsFunc(left, of):
-			return "no update: " + reference + " is the image that was rolled back from; --force deploys it again"
-		}
-		return ""
+		return noUpdate(c.Bool("force"), all, from, failures, left, reference, manifest)
 	}, nil
+}
+
+func noUpdate(force bool, all []*hostdeploy.Deployment, from *hostdeploy.Deployment, failures, left []hostdeploy.Event, reference, manifest string) string {
+	first := next(all)
+	// What is on trial was not rolled back from, and what has no entry boots no more.
+	waits := from.Booted && from.Entry != nil && from.Tries == nil && first.Entry != nil && !first.Booted
+	of := func(e hostdeploy.Event) bool { return e.Manifest == manifest }
+	failed := func(d *hostdeploy.Deployment) bool { // it need not be in the history yet
+		return d.Failed && !d.Booted && d.Manifest == manifest
+	}
+	switch {
+	case waits && manifest == from.Manifest:
+		return "no update: " + reference + " is what runs; " + first.Name() + " boots next"
+	case force:
+	case waits && first.Tries == nil && first.Created.Before(from.Created):
+		return "no update: a rollback to " + first.Name() + " waits for its restart; --force deploys " + reference + " instead"
+	case slices.ContainsFunc(failures, of) || slices.ContainsFunc(all, failed):
+		return "no update: " + reference + " is the image that used up its tries here; --force deploys it again"
+	case slices.ContainsFunc(left, of):
+		return "no update: " + reference + " is the image that was rolled back from; --force deploys it again"
+	}
+	return ""
 }
 
 // updatesFrom returns the reference that updates come from: that of the running
@@ -229,20 +240,7 @@ func checkUpgrade(t *term, c *cli.Context, h *hostdeploy.Host, all []*hostdeploy
 	if err != nil {
 		return err
 	}
-	ref, err := registry.ParseRef(reference)
-	if err != nil {
-		return err
-	}
-	o, err := registryOptions(c)
-	if err != nil {
-		return err
-	}
-	img, err := registry.Open(c.Context, ref, o)
-	if err != nil {
-		return err
-	}
-	defer img.Close()
-	raw, _, err := img.Manifest(c.Context)
+	raw, err := currentManifest(c, reference)
 	if err != nil {
 		return err
 	}
@@ -271,13 +269,43 @@ func checkUpgrade(t *term, c *cli.Context, h *hostdeploy.Host, all []*hostdeploy
 	return nil
 }
 
+// currentManifest asks for the manifest that fetch would bring from a reference.
+func currentManifest(c *cli.Context, reference string) ([]byte, error) {
+	ref, err := registry.ParseRef(reference)
+	if err != nil {
+		return nil, err
+	}
+	if ref.Transport == registry.ContainersStorage {
+		img, err := podmanext.FindLocal(c.Context, ref.Name)
+		if err == nil {
+			raw, _, err := img.Manifest(c.Context)
+			return raw, err
+		}
+		if !errors.Is(err, podmanext.ErrUnreadable) || errors.Is(err, podmanext.ErrNoImage) {
+			return nil, err
+		}
+	}
+	o, err := registryOptions(c)
+	if err != nil {
+		return nil, err
+	}
+	img, err := registry.Open(c.Context, ref, o)
+	if err != nil {
+		return nil, err
+	}
+	defer img.Close()
+	raw, _, err := img.Manifest(c.Context)
+	return raw, err
+}
+
 func newRollbackCommand(t *term) *cli.Command {
 	return &cli.Command{
 		Name:      "rollback",
 		Usage:     "boot the previous deployment, or the one that is named",
 		ArgsUsage: "[DEPLOYMENT]",
 		Description: "What is staged is forgotten. Where another deployment than the running one would boot\n" +
-			"next, the running one stays; else the one before it is taken, with the /etc it had.\n" +
+			"next and the running one has proved good, that stays; else the one before it is taken,\n" +
+			"with the /etc it had.\n" +
 			"DEPLOYMENT is the beginning of an id as status shows it.",
 		Flags: append(bootFlags(),
 			&cli.BoolFlag{Name: "reboot", Usage: "reboot into it"},
@@ -378,8 +406,8 @@ func newResetCommand(t *term) *cli.Command {
 		Name:  "reset",
 		Usage: "factory reset: deploy the running image with /etc and /var as in the image",
 		Description: "The machine's kernel arguments and its lines of /etc/fstab stay; those of the user go.\n" +
-			"The present deployment stays, too, with its /var, and can be rolled back to, until gc\n" +
-			"removes it: that erases this /var.",
+			"The present deployment stays, too, and can be rolled back to. Its /var is erased by gc\n" +
+			"once no deployment has it.",
 		Flags: append(deployFlags(), bootFlags()...),
 		Action: func(c *cli.Context) error {
 			if err := noArgs(c); err != nil {
@@ -430,8 +458,9 @@ func newHostGCCommand(t *term) *cli.Command {
 	return &cli.Command{
 		Name:  "gc",
 		Usage: "remove what no longer boots, from store, state and boot file system",
-		Description: "The running deployment, the one a rollback leads to, what boots next, what is staged and\n" +
-			"what is pinned stay.",
+		Description: "The running deployment, the one a rollback leads to, the last one that proved good, what\n" +
+			"boots next, what is staged and what is pinned stay. A /var that none of them has, as a\n" +
+			"reset or --fresh-var leaves one behind, is erased: --dry-run tells.",
 		Flags: append(bootFlags(),
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "remove nothing, only tell"},
 			&cli.BoolFlag{Name: "json", Usage: "print the result as JSON"}),
@@ -458,6 +487,9 @@ func newHostGCCommand(t *term) *cli.Command {
 			verb := "removed"
 			if c.Bool("dry-run") {
 				verb = "would remove"
+			}
+			for _, dir := range res.Vars {
+				t.printf("%s %s, which was the /var of deployments before a reset\n", verb, dir)
 			}
 			t.printf("%s %d deployments, %d kernels (%s), %d objects (%s)\n", verb, len(res.Deployments), len(res.Kernels), size(res.BootBytes), res.Store.ObjectsRemoved, size(res.Store.BytesRemoved))
 			return nil

@@ -158,7 +158,12 @@ func checkImage(t *term, c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return img.Close()
+	defer img.Close()
+	arch, err := converter.Architecture(c.Context, img)
+	if err != nil {
+		return err
+	}
+	return hostdeploy.CheckArchitecture(arch)
 }
 
 // fill brings the image into the new host's store: from this machine's, or from where its
@@ -228,11 +233,11 @@ func installToDisk(t *term, c *cli.Context, path string) error {
 	if c.Bool("dry-run") {
 		return planDisk(t, c, path, loader, o)
 	}
-	if err := checkImage(t, c); err != nil {
-		return err
-	}
 	// Whatever happens to this process, no mount of it stays.
 	if err := disk.Isolate(); err != nil {
+		return err
+	}
+	if err := checkImage(t, c); err != nil {
 		return err
 	}
 	p := &phases{t: t}
