@@ -32,8 +32,8 @@ func UnmountAll(root string) error {
 // the store that keep its layers from being collected, and its own files in the root
 // directory; the directory itself if nothing else is there. It may be repeated where it
 // was interrupted. The error is ErrInUse, and no file is gone, where a container has a
-// snapshot mounted; and ErrNoStore where there is something to take away and no store: a
-// root without its instance can never again be told from those that share a store.
+// snapshot mounted; and ErrStore where there is something to take away and st is nil or
+// another store than the snapshotter's: whose the names there are would never be known again.
 func Purge(root string, st *store.Store) (err error) {
 	root, release, err := hold(root)
 	if root == "" || err != nil {
@@ -43,8 +43,8 @@ func Purge(root string, st *store.Store) (err error) {
 	if _, err := os.Stat(filepath.Join(root, instanceFile)); errors.Is(err, fs.ErrNotExist) {
 		return nil // no snapshotter's, whatever is there
 	}
-	if st == nil {
-		return fmt.Errorf("%w: the snapshotter in %q has names in one", ErrNoStore, root)
+	if err := checkStore(root, st); err != nil {
+		return err
 	}
 	instance, err := instanceID(root)
 	if err != nil {
@@ -64,7 +64,7 @@ func Purge(root string, st *store.Store) (err error) {
 		return err
 	}
 	// The instance is the last: without it nobody knows the names in the store.
-	for _, name := range []string{"snapshots", "mounts", "empty", metadataFile, instanceFile} {
+	for _, name := range []string{"snapshots", "mounts", "empty", metadataFile, storeFile, instanceFile} {
 		own = append(own, filepath.Join(root, name))
 	}
 	for _, path := range own {
@@ -81,6 +81,25 @@ func Purge(root string, st *store.Store) (err error) {
 	return err
 }
 
+// checkStore returns ErrStore unless st is the store that a root's record names.
+func checkStore(root string, st *store.Store) error {
+	want := ""
+	switch recorded, err := os.ReadFile(filepath.Join(root, storeFile)); {
+	case err == nil:
+		want = strings.TrimSuffix(string(recorded), "\n")
+	case !errors.Is(err, fs.ErrNotExist):
+		return err
+	}
+	if st == nil {
+		return fmt.Errorf("%w in %q: got none, want %q", ErrStore, root, want)
+	}
+	got, err := realPath(st.Dir())
+	if err == nil && want != "" && got != want {
+		err = fmt.Errorf("%w in %q: got %q, want %q", ErrStore, root, got, want)
+	}
+	return err
+}
+
 // lockWait is how long to wait for another process to give up a root directory.
 const lockWait = time.Second
 
@@ -88,14 +107,11 @@ const lockWait = time.Second
 // is empty if there is none. It takes the lock of the database as bolt does, and does
 // not open that: a damaged one must not be in the way.
 func hold(dir string) (root string, release func() error, err error) {
-	root, err = filepath.EvalSymlinks(dir)
+	root, err = realPath(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", nil, nil
 	}
 	if err != nil {
-		return "", nil, err
-	}
-	if root, err = filepath.Abs(root); err != nil {
 		return "", nil, err
 	}
 	f, err := os.OpenFile(filepath.Join(root, metadataFile), os.O_RDWR, 0)

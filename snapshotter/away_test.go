@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	cmount "github.com/containerd/containerd/v2/core/mount"
@@ -128,8 +129,14 @@ func TestPurge(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	if err := snapshotter.Purge(e.root, nil); !errors.Is(err, snapshotter.ErrNoStore) {
-		t.Errorf("without the store: got %v, want ErrNoStore", err)
+	another, err := store.Init(filepath.Join(t.TempDir(), "store"), store.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, st := range []*store.Store{nil, another} {
+		if err := snapshotter.Purge(e.root, st); !errors.Is(err, snapshotter.ErrStore) || !strings.Contains(err.Error(), e.store.Dir()) {
+			t.Errorf("without the store: got %v, want ErrStore", err)
+		}
 	}
 	for range 2 {
 		if err := snapshotter.Purge(e.root, e.store); err != nil {

@@ -30,6 +30,7 @@
 //
 //	metadata.db             the records
 //	instance                an ID that the names in the store begin with
+//	store                   the path of the store that has them
 //	snapshots/ID/{fs,work}  upper and work directory of an active snapshot
 //	snapshots/ID/taken      what fs was, while its files become objects
 //	mounts/ID[-MAP]         the merged image of a committed snapshot, while it is used
@@ -91,6 +92,7 @@ const (
 const (
 	metadataFile = "metadata.db"
 	instanceFile = "instance"
+	storeFile    = "store"
 )
 
 // maxRoot limits the length of Root in bytes: containerd shortens mount options of
@@ -103,8 +105,8 @@ var (
 	ErrRoot = errors.New("unfit root directory")
 	// ErrInUse: another process uses the root directory, or a container its files.
 	ErrInUse = errors.New("in use")
-	// ErrNoStore: Purge needs the store that the snapshotter used.
-	ErrNoStore = errors.New("no store")
+	// ErrStore: Purge needs the store that the snapshotter used.
+	ErrStore = errors.New("not the store of the snapshotter")
 	// ErrUpper: an upper directory has something that no layer can be made of.
 	ErrUpper = errors.New("no layer can be made of the upper directory")
 	// ErrChain: a layer in the store or from a source is not the one that was asked
@@ -188,6 +190,9 @@ func New(ctx context.Context, o Options) (_ *Snapshotter, err error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := recordStore(s.root, s.store); err != nil {
+		return nil, errors.Join(fmt.Errorf("opening the snapshotter in %q: %w", s.root, err), s.meta.Close())
+	}
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	s.mounts.init()
 	s.trees.init()
@@ -216,11 +221,8 @@ func makeRoot(root string) (string, error) {
 	if err := os.MkdirAll(root, 0o700); err != nil {
 		return "", err
 	}
-	real, err := filepath.EvalSymlinks(root)
+	real, err := realPath(root)
 	if err != nil {
-		return "", err
-	}
-	if real, err = filepath.Abs(real); err != nil {
 		return "", err
 	}
 	if strings.ContainsAny(real, ",:\\\"\n") {
@@ -257,6 +259,28 @@ func instanceID(root string) (string, error) {
 	rand.Read(random[:])
 	id := hex.EncodeToString(random[:])
 	return id, writeDurably(path, []byte(id+"\n"))
+}
+
+// recordStore notes which store has the root's names, for who takes the snapshotter away.
+func recordStore(root string, st *store.Store) error {
+	dir, err := realPath(st.Dir())
+	if err != nil {
+		return err
+	}
+	path := filepath.Join(root, storeFile)
+	if have, err := os.ReadFile(path); err == nil && string(have) == dir+"\n" {
+		return nil
+	}
+	return writeDurably(path, []byte(dir+"\n"))
+}
+
+// realPath returns the absolute path of a directory, without links.
+func realPath(dir string) (string, error) {
+	dir, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		return "", err
+	}
+	return filepath.Abs(dir)
 }
 
 // tempPrefix begins the names of temporary files in the root.

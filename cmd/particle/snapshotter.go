@@ -72,8 +72,8 @@ func takeSnapshotterAway(c *cli.Context) (err error) {
 		if oerr != nil && !errors.Is(oerr, store.ErrNotStore) {
 			return oerr
 		}
-		if err = snapshotter.Purge(root, st); errors.Is(err, snapshotter.ErrNoStore) {
-			err = fmt.Errorf("%w, and %q is none\nname it with --store; if it is gone for good, run particle snapshotter --unmount and remove the directory", err, c.String("store"))
+		if err = snapshotter.Purge(root, st); errors.Is(err, snapshotter.ErrStore) {
+			err = fmt.Errorf("%w\nname it with --store; if it is gone for good, run particle snapshotter --unmount and remove %s", err, root)
 		}
 	} else {
 		err = snapshotter.UnmountAll(root)
