@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -12,7 +11,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/particle-os/particle/converter"
-	"github.com/particle-os/particle/converter/layer"
+	"github.com/particle-os/particle/converter/store"
 	podmanext "github.com/particle-os/particle/podman-ext"
 	"github.com/particle-os/particle/registry"
 )
@@ -146,21 +145,11 @@ func convertBuilt(ctx context.Context, t *term, c *cli.Context, b *podmanext.Bui
 	if err != nil {
 		return nil, err
 	}
-	p := t.newProgress()
-	defer p.stop()
-	o.Progress = p
-	img, err := b.Local(ctx, id)
-	if err == nil {
-		img.Link = true
-		var res *converter.Result
-		if res, err = converter.Convert(ctx, img, st, o); err == nil {
-			return res, nil
-		}
+	open := func() (*store.Store, error) { return st, nil }
+	find := func() (*podmanext.LocalImage, error) { return b.Local(ctx, id) }
+	if res, err := fromPodman(ctx, t, open, find, true, o); res != nil || err != nil {
+		return res, err
 	}
-	if !errors.Is(err, podmanext.ErrUnreadable) && !errors.Is(err, layer.ErrDiffID) {
-		return nil, err
-	}
-	t.infof("podman saves the image to a file first: %v", err)
 	dir, err := os.MkdirTemp(largeTemp(), "particle-build-")
 	if err != nil {
 		return nil, err
@@ -175,6 +164,9 @@ func convertBuilt(ctx context.Context, t *term, c *cli.Context, b *podmanext.Bui
 		return nil, err
 	}
 	defer archive.Close()
+	p := t.newProgress()
+	defer p.stop()
+	o.Progress = p
 	return converter.Convert(ctx, archive, st, o)
 }
 

@@ -15,6 +15,7 @@ import (
 	"github.com/particle-os/particle/converter/store"
 	"github.com/particle-os/particle/hostdeploy"
 	"github.com/particle-os/particle/hostdeploy/bootloader"
+	podmanext "github.com/particle-os/particle/podman-ext"
 	"github.com/particle-os/particle/registry"
 )
 
@@ -169,7 +170,8 @@ func fetch(ctx context.Context, t *term, c *cli.Context, st *store.Store, image 
 	if ref.Transport == registry.ContainersStorage {
 		// What is booted shares no file with podman.
 		open := func() (*store.Store, error) { return st, nil }
-		res, err := fromPodman(ctx, t, open, ref.Name, false, options)
+		find := func() (*podmanext.LocalImage, error) { return podmanext.FindLocal(ctx, ref.Name) }
+		res, err := fromPodman(ctx, t, open, find, false, options)
 		if err != nil {
 			return "", "", err
 		}

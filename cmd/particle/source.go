@@ -153,7 +153,8 @@ func convertSource(ctx context.Context, t *term, c *cli.Context, source, name st
 	}
 	if ref.Transport == registry.ContainersStorage && !o.KeepBlobs {
 		open := func() (*store.Store, error) { return openStore(t, c) }
-		if res, err := fromPodman(ctx, t, open, ref.Name, true, o); res != nil || err != nil {
+		find := func() (*podmanext.LocalImage, error) { return podmanext.FindLocal(ctx, ref.Name) }
+		if res, err := fromPodman(ctx, t, open, find, true, o); res != nil || err != nil {
 			return res, err
 		}
 	}
@@ -175,8 +176,8 @@ func convertSource(ctx context.Context, t *term, c *cli.Context, source, name st
 // fromPodman brings an image of podman's storage into a store straight from podman's
 // files. It returns nil where only podman can read it. With link, files may be shared with
 // podman's.
-func fromPodman(ctx context.Context, t *term, open func() (*store.Store, error), name string, link bool, o converter.Options) (*converter.Result, error) {
-	img, err := podmanext.FindLocal(ctx, name)
+func fromPodman(ctx context.Context, t *term, open func() (*store.Store, error), find func() (*podmanext.LocalImage, error), link bool, o converter.Options) (*converter.Result, error) {
+	img, err := find()
 	var res *converter.Result
 	if err == nil {
 		img.Link = link
@@ -194,7 +195,7 @@ func fromPodman(ctx context.Context, t *term, open func() (*store.Store, error),
 		return nil, nil // podman says what to do
 	case errors.Is(err, podmanext.ErrUnreadable) || errors.Is(err, layer.ErrDiffID):
 		// A file that was changed in podman's storage, or a sparse one.
-		t.infof("podman writes the image to a directory first: %v", err)
+		t.infof("podman writes the image out first: %v", err)
 		return nil, nil
 	}
 	return res, err
