@@ -14,6 +14,7 @@ package hostdeploy
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -22,6 +23,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -223,6 +225,22 @@ func (h *Host) Lock() (release func(), err error) {
 		_, _ = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 	}
 	return func() { f.Close() }, nil
+}
+
+// WaitLock is Lock for who must have it and waits until ctx ends: the error is that of the
+// last try.
+func (h *Host) WaitLock(ctx context.Context) (release func(), err error) {
+	for {
+		release, err = h.Lock()
+		if !errors.Is(err, ErrBusy) {
+			return release, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }
 
 // tree reads the tree of an image of the store by its composefs digest.

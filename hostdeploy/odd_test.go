@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -330,4 +331,26 @@ func TestInstallEntry(t *testing.T) {
 			t.Errorf("an entry was written %v; there are deployments: %v, %v", written, have, err)
 		}
 	}
+}
+
+// Who must have the lock waits for it; others are told who has it.
+func TestWaitLock(t *testing.T) {
+	h, _ := newHost(t)
+	release, err := h.Lock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Lock(); !errors.Is(err, ErrBusy) {
+		t.Errorf("got %v, want ErrBusy", err)
+	}
+	ended, end := context.WithCancel(ctx)
+	end()
+	if _, err := h.WaitLock(ended); !errors.Is(err, ErrBusy) {
+		t.Errorf("waiting no longer: got %v, want ErrBusy", err)
+	}
+	time.AfterFunc(50*time.Millisecond, release)
+	if release, err = h.WaitLock(ctx); err != nil {
+		t.Fatal(err)
+	}
+	release()
 }

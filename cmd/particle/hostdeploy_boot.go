@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"slices"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -12,6 +13,10 @@ import (
 
 // The verbs of this file are called by systemd's units, not by people.
 
+// lockWait is how long they wait for another run: without them a good boot counts as a
+// failed one, and what is staged is lost.
+const lockWait = 5 * time.Minute
+
 func newFinalizeCommand(t *term) *cli.Command {
 	return &cli.Command{
 		Name:   "finalize",
@@ -19,7 +24,7 @@ func newFinalizeCommand(t *term) *cli.Command {
 		Hidden: true,
 		Flags:  bootFlags(),
 		Action: func(c *cli.Context) error {
-			h, _, unlock, err := change(t, c)
+			h, _, unlock, err := changeWithin(t, c, lockWait)
 			if err != nil {
 				return err
 			}
@@ -46,7 +51,7 @@ func newBootSuccessCommand(t *term) *cli.Command {
 		Hidden: true,
 		Flags:  bootFlags(),
 		Action: func(c *cli.Context) error {
-			h, _, unlock, err := change(t, c)
+			h, _, unlock, err := changeWithin(t, c, lockWait)
 			if err != nil {
 				return err
 			}

@@ -34,13 +34,20 @@ func newSwitchCommand(t *term) *cli.Command {
 	}
 }
 
-// change opens the host, locks it, and finds what a new deployment is based on: the
-// running deployment.
+// change opens the host, locks it, and lists its deployments. It does not wait for another
+// run to end.
 func change(t *term, c *cli.Context) (h *hostdeploy.Host, all []*hostdeploy.Deployment, unlock func(), err error) {
+	return changeWithin(t, c, 0)
+}
+
+// changeWithin is change for who waits for another run.
+func changeWithin(t *term, c *cli.Context, wait time.Duration) (h *hostdeploy.Host, all []*hostdeploy.Deployment, unlock func(), err error) {
 	if h, err = openHost(t, c); err != nil {
 		return nil, nil, nil, err
 	}
-	if unlock, err = h.Lock(); err != nil {
+	ctx, cancel := context.WithTimeout(c.Context, wait)
+	defer cancel()
+	if unlock, err = h.WaitLock(ctx); err != nil {
 		return nil, nil, nil, err
 	}
 	if all, err = h.Deployments(); err != nil {
