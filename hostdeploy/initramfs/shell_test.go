@@ -1,14 +1,14 @@
 package initramfs
 
 import (
-	"errors"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/particle-os/particle/tests/program"
 )
 
 // initTop runs the script of init-top as initramfs-tools does, which exports what panic=
@@ -19,21 +19,13 @@ func initTop(t *testing.T, cmdline string, mark bool) string {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, for chroot(2)")
 	}
-	busybox, err := exec.LookPath("busybox")
-	if err != nil {
-		t.Skip("busybox is missing (apt install busybox-static)")
-	}
-	program, err := os.ReadFile(busybox)
-	if err != nil {
-		t.Fatal(err)
-	}
 	script, err := carriers.ReadFile("initramfs-tools/init-top")
 	if err != nil {
 		t.Fatal(err)
 	}
-	root := t.TempDir()
+	busybox, root := string(program.Busybox(t)), t.TempDir()
 	files := map[string]string{
-		"bin/sh": string(program), "bin/cat": string(program), "proc/cmdline": cmdline + "\n",
+		"bin/sh": busybox, "bin/cat": busybox, "proc/cmdline": cmdline + "\n",
 		"scripts/init-top/particle": string(script), "conf/arch.conf": "",
 	}
 	if mark {
@@ -58,9 +50,7 @@ func initTop(t *testing.T, cmdline string, mark bool) string {
 	cmd.Env = []string{"PATH=/bin"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
 	out, err := cmd.CombinedOutput()
-	if errors.Is(err, fs.ErrNotExist) {
-		t.Skipf("busybox is not static (apt install busybox-static): %v", err)
-	} else if err != nil {
+	if err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	return strings.TrimSpace(string(out))

@@ -16,6 +16,8 @@ import (
 
 	"github.com/cavaliergopher/cpio"
 	"github.com/ulikunitz/xz"
+
+	"github.com/particle-os/particle/tests/program"
 )
 
 // A vm boots a Debian kernel with a small initramfs of its own, which runs the program
@@ -45,7 +47,7 @@ func newVM(t *testing.T) *vm {
 	}
 	kernel, modules := findKernel(t)
 	files := []vmFile{
-		{"bin/busybox", 0o755, readBusybox(t)},
+		{"bin/busybox", 0o755, program.Busybox(t)},
 		{"init", 0o755, []byte(vmInit)},
 		{Program[1:], 0o755, buildProgram(t)},
 	}
@@ -137,22 +139,6 @@ func readModule(t *testing.T, name string) []byte {
 	}
 	t.Skipf("modules like %s are not unpacked here", name)
 	return nil
-}
-
-func readBusybox(t *testing.T) []byte {
-	t.Helper()
-	name, err := exec.LookPath("busybox")
-	if err != nil {
-		t.Fatal(err)
-	}
-	data, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if bytes.Contains(data, []byte("/ld-linux")) {
-		t.Skip("busybox is not a static program (apt install busybox-static)")
-	}
-	return data
 }
 
 // buildProgram builds the program as it is installed.
@@ -269,7 +255,7 @@ $b poweroff -f
 `
 
 func vmSystemTree(t *testing.T, more system) system {
-	s := bootable(system{"usr/sbin/init": "*" + vmSystem, "usr/bin/busybox": "*" + string(readBusybox(t))})
+	s := bootable(system{"usr/sbin/init": "*" + vmSystem, "usr/bin/busybox": "*" + string(program.Busybox(t))})
 	for name, content := range more {
 		s[name] = content
 	}

@@ -1,13 +1,11 @@
 package prepare
 
 import (
-	"errors"
-	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"syscall"
 	"testing"
+
+	"github.com/particle-os/particle/tests/program"
 )
 
 // withMkinitramfs gives a tree a shell, and a mkinitramfs that writes for which kernel it
@@ -17,22 +15,7 @@ func withMkinitramfs(t *testing.T, root string) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, for chroot(2)")
 	}
-	busybox, err := exec.LookPath("busybox")
-	if err != nil {
-		t.Skip("busybox is missing (apt install busybox-static)")
-	}
-	program, err := os.ReadFile(busybox)
-	if err != nil {
-		t.Fatal(err)
-	}
-	plant(t, root, "0755 bin/sh="+string(program), "0755 usr/sbin/mkinitramfs=#!/bin/sh\necho \"made for $3\" >$2\n")
-	cmd := exec.Command("/bin/sh", "-c", ":")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
-	if err := cmd.Run(); errors.Is(err, fs.ErrNotExist) {
-		t.Skipf("busybox is not static (apt install busybox-static): %v", err)
-	} else if err != nil {
-		t.Fatal(err)
-	}
+	plant(t, root, "0755 bin/sh="+string(program.Busybox(t)), "0755 usr/sbin/mkinitramfs=#!/bin/sh\necho \"made for $3\" >$2\n")
 	if err := os.Remove(filepath.Join(root, "boot/initrd.img-6.1")); err != nil {
 		t.Fatal(err)
 	}
